@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -555,7 +555,7 @@ def counterfactual(scene: Scene, attribute: str, value: str | tuple[float, float
     return changed
 
 
-# ------------------------------------------------------------------------------------------------ drawing scenes at random
+# ------------------------------------------------------------------------------------------ drawing scenes at random
 
 
 def _held_out(name: str, colour: str | None, ground: str) -> bool:
@@ -579,7 +579,8 @@ class World:
 
     counts              weights of 1, 2, 3 and 4 objects
     natural             share of objects that keep their drawing's own colours
-    mention             share of attributes that a caption mentions (information imbalance)
+    mention             share of attributes that a caption mentions (information imbalance), or such a share for each
+                        attribute; those left out of the mapping are always mentioned
     ground_correlation  share of scenes whose ground is the first object's home ground (spurious correlation)
     co_occurrence       share of scenes of two or more in which the second is the first one's companion (hallucination)
     words, word_kind    share of scenes with a written word, and which: "any", "matching" (names the first object),
@@ -596,7 +597,7 @@ class World:
     sizes: tuple[str, ...] = tuple(SIZES)
     counts: tuple[float, ...] = (0.5, 0.3, 0.1, 0.1)
     natural: float = 0.2
-    mention: float = 1.0
+    mention: float | Mapping[str, float] = 1.0
     ground_correlation: float = 0.0
     co_occurrence: float = 0.0
     words: float = 0.0
@@ -607,7 +608,10 @@ class World:
     split: str | None = None
 
     def __post_init__(self) -> None:
-        for what in ("natural", "mention", "ground_correlation", "co_occurrence", "words", "characters", "duplicates"):
+        shares = self.mention if isinstance(self.mention, Mapping) else {"": self.mention}
+        if not set(shares) <= {"", *ATTRIBUTES} or not all(0 <= share <= 1 for share in shares.values()):
+            raise UsageError(f"World.mention is a share between 0 and 1, or one for each of: {', '.join(ATTRIBUTES)}.")
+        for what in ("natural", "ground_correlation", "co_occurrence", "words", "characters", "duplicates"):
             if not 0 <= getattr(self, what) <= 1:
                 raise UsageError(f"World.{what} is a share between 0 and 1, not {getattr(self, what)}.")
         _known("word kind", self.word_kind, ("any", "matching", "conflicting", "glyphs"))
@@ -637,7 +641,8 @@ class World:
     def caption(self, scene: Scene, rng: np.random.Generator) -> str:
         """A caption that mentions each attribute with probability `mention`, in a random template."""
         draws = rng.random(len(ATTRIBUTES) + 2)
-        mention = [name for name, draw in zip(ATTRIBUTES, draws, strict=False) if draw < self.mention]
+        shares = self.mention if isinstance(self.mention, Mapping) else dict.fromkeys(ATTRIBUTES, self.mention)
+        mention = [name for name, draw in zip(ATTRIBUTES, draws, strict=False) if draw < shares.get(name, 1.0)]
         return caption(scene, mention, template=int(draws[-1] * 3), named=self.characters > 0 and draws[-2] < 0.5)
 
     def _attempt(self, rng: np.random.Generator) -> Scene | None:

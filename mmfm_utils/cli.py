@@ -1,0 +1,138 @@
+"""The command line: `mmfm doctor`, `mmfm run`, `mmfm report`.
+
+Exit codes: 0 all ran and agreed with what is expected; 1 something ran and failed or disagreed; 2 the request was
+wrong; 130 interrupted.
+"""
+
+import argparse
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from . import UsageError, __version__, findings, runner
+from .runner import say
+
+READY = ("intact", "from config", "cached")  # of the states that models.inventory knows
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong request is one line, like every other."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (`{self.prog} --help` lists what there is)")
+
+
+def parser() -> Parser:
+    main = Parser(prog="mmfm", description=__doc__.splitlines()[0], allow_abbrev=False)
+    main.add_argument("--version", action="version", version=__version__)
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("doctor", help="say what this machine can run", allow_abbrev=False)
+    command.set_defaults(call=doctor)
+
+    command = commands.add_parser("run", help="run notebooks, check them, build the report", allow_abbrev=False)
+    command.add_argument("names", nargs="*", metavar="NAME", help="a name, the start of one, or a path; none: all")
+    command.add_argument("-p", dest="parameters", action="append", default=[], metavar="parameter=value")
+    command.add_argument("--profile", choices=findings.PROFILES, default="tiny")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at once; they share the cores")
+    command.add_argument("--executor", default="local", metavar="local|dask://HOST:PORT")
+    command.add_argument("--resume", action="store_true", help="keep results that succeeded and are still current")
+    command.add_argument("--results", metavar="DIR", help="instead of results/; the profile's folder is made in it")
+    command.add_argument("--cell-timeout", type=int, default=600, metavar="SECONDS")
+    command.add_argument("--write", action="store_true", help="commit outputs and values (the tiny reference run only)")
+    command.set_defaults(call=run)
+
+    command = commands.add_parser("report", help="build the report anew, or compare two ledgers", allow_abbrev=False)
+    command.add_argument("--results", metavar="DIR", help="instead of results/")
+    command.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="two ledger.json, or folders that hold one")
+    command.set_defaults(call=report)
+    return main
+
+
+def run(args) -> int:
+    options = {key: value for key, value in vars(args).items() if key not in ("command", "call")}
+    return runner.run(**options)
+
+
+def report(args) -> int:
+    if args.compare:
+        say(f"Comparing {args.compare[0]} (old) with {args.compare[1]} (new); nothing is written")
+        lines = runner.changes(*args.compare)
+        say("\n".join(lines) or "nothing changed beyond tolerance")
+        return 1 if lines else 0
+    base = Path(args.results or findings.root() / "results")
+    folders = [base / profile for profile in findings.PROFILES if any((base / profile).glob("*.json"))]
+    if not folders:
+        raise UsageError(f"no results in {base}: make some with `mmfm run`, or name their folder with --results DIR")
+    say(f"Building the report from {', '.join(map(str, folders))}")
+    pages = [runner.show(folder) for folder in folders]
+    for page in filter(None, pages):
+        say(f"report: {page}")
+    return 0 if all(pages) else 1
+
+
+def doctor(args) -> int:
+    import torch
+
+    from . import models
+
+    say("Checking this machine; nothing is written\n")
+    cuda = torch.cuda.is_available()
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(findings.root())
+    lines = {
+        "device": f"cuda: {torch.cuda.get_device_name()}" if cuda else "cpu (torch sees no CUDA device)",
+        "cores": runner.cores(),
+        "memory": f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
+        "disk": f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free at {findings.root()}",
+    }
+    for name, value in (lines | runner.versions()).items():
+        say(f"  {name:<16} {value}")
+    inventory = models.inventory()
+    line = "  {:<12} {:<10} {:<24} {:<11} {:>8}  {}"
+    say("\n" + line.format("family", "profile", "model", "state", "MB", "where, or what to do"))
+    for row in inventory:
+        size = f"{row['bytes'] / 1e6:.1f}"
+        say(line.format(row["family"], row["profile"], row["name"], row["state"], size, row["hint"] or row["path"]))
+    say("")
+    for path in sorted((findings.root() / "notebooks").glob("*.ipynb")):
+        needs = runner.read(path).metadata.get("mmfm", {})
+        can = [p for p in needs.get("profiles", findings.PROFILES) if not missing(needs, p, inventory)]
+        say(f"  {path.stem:<40} {'runs under ' + ', '.join(can) if can else 'cannot run: see the table above'}")
+    return 1 if any(row["profile"] == "tiny" and row["state"] != "intact" for row in inventory) else 0
+
+
+def missing(needs: dict, profile: str, inventory: list[dict]) -> list[str]:
+    """The families that a notebook needs under a profile and that are not there."""
+    ready = [row for row in inventory if row["profile"] == profile and row["state"] in READY]
+    return [family for family in needs.get("families", []) if family not in [row["family"] for row in ready]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    begun = time.perf_counter()
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has switched SIGINT off
+            signal.signal(number, signal.default_int_handler)
+        args, rest = parser().parse_known_args(argv)
+        if args.command == "run" and not any(word.startswith("-") for word in rest):
+            args.names += rest  # names may also follow options
+        elif rest:
+            parser().error(f"unrecognized arguments: {' '.join(rest)}")
+        code = args.call(args)
+        if args.command != "run":  # whose last line says where the report is
+            say(f"{args.command} took {time.perf_counter() - begun:.1f} s")
+        return code
+    except UsageError as error:
+        print(f"mmfm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mmfm: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

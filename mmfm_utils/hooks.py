@@ -1,0 +1,222 @@
+"""Read and change tensors inside a running model: `record` and `edit`, two context managers over any `nn.Module`.
+
+A *site* is the name of a place, for example `vision.3.attn`. The names come from `mmfm_utils.anatomy`; a bare
+`nn.Module` has names too: those of its submodules, each meaning that submodule's output. Names may hold wildcards
+(`fnmatch`: `*` also crosses dots), so `vision.*.attn` is the attention of every vision layer.
+
+    with record(model, "vision.*.attn") as clean:                       # {site: tensor}
+        model.module.encode_image(images)
+    with edit(model, {"vision.3.attn": lambda x: 0 * x}):
+        ablated = model.module.encode_image(images)
+
+Hooks live exactly as long as their `with` block, whatever ends it (the idea of ROME's `nethook`, Meng et al. 2022,
+arXiv 2202.05262). Contexts act on a tensor in the order in which they were opened: a `record` opened inside an `edit`
+sees the edited value, one opened around it sees the value before.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfm_utils import UsageError
+
+
+def _first(raw: Any) -> Any:
+    """The tensor in what a module takes or gives: itself, or the first entry of a tuple or list."""
+    return raw[0] if isinstance(raw, (tuple, list)) else raw
+
+
+def _replace_first(raw: Any, tensor: Tensor) -> Any:
+    return type(raw)((tensor, *raw[1:])) if isinstance(raw, (tuple, list)) else tensor
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a tensor lives: the output (`"out"`) or the first argument (`"in"`) of the module at a dotted path.
+
+    `get(raw)` finds the tensor in that output or argument, and `put(raw, tensor)` gives it back in the same form.
+    Left out, they take the value itself, or the first entry of a tuple or list. Give both where the tensor sits
+    elsewhere or has its axes in another order.
+    """
+
+    module: str
+    side: str = "out"
+    get: Callable[[Any], Tensor] = _first
+    put: Callable[[Any, Tensor], Any] = _replace_first
+
+
+_OPEN: list[str] = []  # one line for every context that is open now
+
+
+def leftover() -> list[str]:
+    """The contexts that were opened and not yet closed, one line each. The runner calls it when a notebook ends."""
+    return list(_OPEN)
+
+
+def active(module: nn.Module) -> list[str]:
+    """The sites at which this module's hooks are alive somewhere in `module`, read from the hooks themselves."""
+    placed = (hook for m in module.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
+    return [hook.site for hook in placed if hasattr(hook, "site")]
+
+
+def resolve(model: Any, sites: str | Iterable[str]) -> list[str]:
+    """The full names that `sites` (a name or several, wildcards allowed) stand for, each once, in the model's order.
+
+    Raises `UsageError` with the nearest names where one matches nothing.
+    """
+    points = _vocabulary(model)[1]
+    found = []
+    for pattern in [sites] if isinstance(sites, str) else sites:
+        matches = [pattern] if pattern in points else [name for name in points if fnmatchcase(name, pattern)]
+        if not matches:
+            near = difflib.get_close_matches(pattern, points, n=3, cutoff=0.4) or list(points)[:3]
+            raise UsageError(f"no site is called {pattern!r}; the nearest are {', '.join(near)}")
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def record(
+    model: Any, sites: str | Iterable[str], grad: bool = False, every: bool = False
+) -> Iterator[dict[str, Tensor | list[Tensor]]]:
+    """Collect the tensors at `sites` in a dictionary {site: tensor}, filled as the forward pass reaches them.
+
+    `model` is an `nn.Module`, or an object with `.module` and `.points` (an `anatomy.Anatomy`). Where a site is
+    reached more than once the last tensor stays, or with `every=True` the list of all (a sampler's steps).
+
+    Recording never changes the result. The tensors are cut from the graph; with `grad=True` they are part of it (also
+    where all parameters are frozen), and after `loss.backward()` hold their gradient in `.grad`.
+
+    Raises `UsageError` on entry if a name is not known, and on leaving if a site was never reached.
+    """
+    kept: dict[str, Any] = {}
+
+    def keep(tensor: Tensor, site: str) -> Tensor | None:
+        # a copy stays or goes on: a later in-place operation must not reach what was recorded
+        if not grad:
+            tensor, on = tensor.detach().clone(), None
+        elif not torch.is_grad_enabled():
+            raise UsageError(f"record(grad=True) at {site} needs gradients: leave torch.no_grad() for this pass")
+        else:
+            tensor = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+            tensor.retain_grad()
+            on = tensor.clone()
+        if every:
+            kept.setdefault(site, []).append(tensor)
+        else:
+            kept[site] = tensor
+        return on
+
+    with _attached(model, "record", [(site, keep) for site in resolve(model, sites)]):
+        yield kept
+
+
+@contextmanager
+def edit(model: Any, changes: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+    """Replace the tensors at sites by what a function makes of them: {site: function(tensor) -> tensor}.
+
+    A function with two required arguments is called as `function(tensor, site)`: useful with wildcards, and in loops,
+    where a closure over the loop variable would see only its last value. It is handed a copy, so that it may work in
+    place, and must return a tensor of the same shape and dtype. Where several names meet at one site, their functions
+    act in the order given. `model` is as for `record`.
+
+    Raises `UsageError` on entry if a name is not known, during the pass if a function returns anything else, and on
+    leaving if a site was never reached.
+    """
+    pairs = []
+    for pattern, function in changes.items():
+        if not callable(function):
+            raise UsageError(f"edit at {pattern} takes a function(tensor) -> tensor, not {type(function).__name__}")
+        pairs += [(site, _checked(function)) for site in resolve(model, pattern)]
+    with _attached(model, "edit", pairs):
+        yield
+
+
+def _checked(function: Callable[..., Tensor]) -> Callable[[Tensor, str], Tensor]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):  # functions written in C, such as torch.zeros_like, do not tell their signature
+        parameters = ()
+    required = [p for p in parameters if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
+
+    def change(tensor: Tensor, site: str) -> Tensor:
+        new = function(tensor.clone(), site) if len(required) > 1 else function(tensor.clone())
+        if not isinstance(new, Tensor):
+            raise UsageError(f"edit at {site} returned {type(new).__name__}; it must return the tensor to go on with")
+        if new.shape != tensor.shape:
+            raise UsageError(f"edit at {site} returned shape {tuple(new.shape)}; it must be {tuple(tensor.shape)}")
+        if new.dtype != tensor.dtype:
+            raise UsageError(f"edit at {site} returned {new.dtype}; it must be {tensor.dtype}: add .to(tensor.dtype)")
+        return new
+
+    return change
+
+
+def _vocabulary(model: Any) -> tuple[nn.Module, Mapping[str, Point]]:
+    if isinstance(model, nn.Module):
+        return model, {name: Point(name) for name, _ in model.named_modules() if name}
+    return model.module, model.points
+
+
+Step = Callable[[Tensor, str], Tensor | None]  # (tensor, site) -> tensor to go on with, or None to leave it
+
+
+@contextmanager
+def _attached(model: Any, verb: str, steps: list[tuple[str, Step]]) -> Iterator[None]:
+    root, points = _vocabulary(model)
+    label = f"{verb}: {_listed([site for site, _ in steps])}"
+    handles, fired = [], set()
+    _OPEN.append(label)
+    try:
+        for site, step in steps:
+            handles.append(_place(root.get_submodule(points[site].module), site, points[site], step, fired))
+        yield
+        silent = [site for site, _ in steps if site not in fired]
+        if silent:
+            reached = f"; reached were {_listed(sorted(fired))}" if fired else ""
+            raise UsageError(
+                f"{verb} waited in vain at {_listed(silent)}: no forward pass inside the `with` block reached it"
+                f"{reached}. Run the part of the model it belongs to, or name another site"
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+        _OPEN.remove(label)
+
+
+def _place(module: nn.Module, site: str, point: Point, step: Step, fired: set[str]) -> Any:
+    """Put one hook on `module`; the returned handle removes it."""
+
+    def pass_through(raw: Any) -> Any:
+        tensor = point.get(raw)
+        if not isinstance(tensor, Tensor):
+            raise UsageError(f"{site} holds {type(tensor).__name__}, not a tensor; give its Point a `get` and a `put`")
+        fired.add(site)
+        new = step(tensor, site)
+        return raw if new is None else point.put(raw, new)
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (pass_through(args[0]), *args[1:]), kwargs
+        first = next(iter(kwargs))  # libraries differ in whether they pass the hidden states by name
+        return args, kwargs | {first: pass_through(kwargs[first])}
+
+    def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        return pass_through(output)
+
+    hook = before if point.side == "in" else after
+    hook.site = site
+    if point.side == "in":
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_hook(hook)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,117 @@
+"""One style for all figures, pictures with maps over them, and widgets with a static twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Colour-blind safe (Okabe and Ito 2008), named by role so that a role looks the same in every notebook.
+COLOUR = {
+    "main": "#0072B2", "control": "#999999", "second": "#D55E00", "third": "#009E73", "fourth": "#CC79A7",
+    "fifth": "#E69F00", "sixth": "#56B4E9",
+}  # fmt: skip
+EFFECT, ATTENTION = "RdBu_r", "viridis"  # diverging maps are centred on zero, sequential ones start there
+
+
+def use_style() -> None:
+    """Set the collection's matplotlib style for this notebook."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 80, "savefig.dpi": 80, "figure.constrained_layout.use": True, "font.size": 10,
+            "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+            "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25, "legend.frameon": False,
+            "image.interpolation": "nearest",
+            "axes.prop_cycle": plt.cycler(color=list(COLOUR.values())),
+        }
+    )  # fmt: skip
+
+
+def picture(ax: Axes, image: np.ndarray, title: str = "") -> None:
+    """Show one picture (height, width, 3) without axes."""
+    ax.imshow(image)
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()
+
+
+def gallery(images: Sequence[np.ndarray], titles: Sequence[str] = (), columns: int = 6, title: str = "") -> Figure:
+    """Pictures side by side, `columns` to a row, each under its title."""
+    rows = -(-len(images) // columns)
+    columns = min(columns, len(images))
+    figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 2.0 * rows + 0.3 * bool(title)), squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for index, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
+        picture(ax, image, titles[index] if index < len(titles) else "")
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def heatmap(
+    ax: Axes,
+    values: np.ndarray,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    effect: bool = True,
+    limit: float | None = None,
+    unit: str = "",
+):
+    """A map (row, column); `effect` centres a diverging map on zero, otherwise a sequential one starts there."""
+    limit = limit or float(np.abs(values).max()) or 1.0
+    low, colours = (-limit, EFFECT) if effect else (0.0, ATTENTION)
+    shown = ax.imshow(values, cmap=colours, vmin=low, vmax=limit, aspect="auto")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.grid(False)
+    ax.figure.colorbar(shown, ax=ax, label=unit, shrink=0.85)
+    return shown
+
+
+def overlay(
+    ax: Axes, image: np.ndarray, values: np.ndarray, title: str = "", effect: bool = True, limit: float | None = None
+) -> None:
+    """A picture in grey with a map of patches (row, column) over it; `limit` fixes the colour scale."""
+    limit = limit or float(np.abs(values).max()) or 1.0
+    side = image.shape[0]
+    ax.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255, extent=(0, side, side, 0))
+    low, colours = (-limit, EFFECT) if effect else (0.0, ATTENTION)
+    ax.imshow(values, cmap=colours, vmin=low, vmax=limit, alpha=0.6, extent=(0, side, side, 0))
+    ax.set_title(title, fontsize=9)
+    ax.set_axis_off()
+
+
+def band(ax: Axes, x: Sequence[float], examples: np.ndarray, label: str, role: str, dashed: bool = False) -> None:
+    """A line of means over examples with its 95 % normal-theory band; `examples` is (example, x)."""
+    mean = examples.mean(0)
+    half = 1.96 * examples.std(0, ddof=1) / np.sqrt(len(examples))
+    ax.plot(x, mean, "--" if dashed else "-", marker="o", markersize=3.5, color=COLOUR[role], label=label)
+    ax.fill_between(x, mean - half, mean + half, color=COLOUR[role], alpha=0.18, linewidth=0)
+
+
+def explore(draw: Callable[..., Figure], **controls: widgets.Widget) -> None:
+    """A widget that redraws `draw(**values)` whenever a control moves, and its static twin.
+
+    The twin is the figure for the controls' first values. It is an ordinary picture in the page, so a page without a
+    kernel shows the same thing; with a kernel, the widget draws into its own place below.
+    """
+    first = draw(**{name: control.value for name, control in controls.items()})
+    display(first)
+    plt.close(first)
+    place = widgets.Output()
+
+    def redraw(_change) -> None:
+        figure = draw(**{name: control.value for name, control in controls.items()})
+        with place:
+            place.clear_output(wait=True)
+            display(figure)
+        plt.close(figure)
+
+    for control in controls.values():
+        control.observe(redraw, names="value")
+    display(widgets.VBox([widgets.HBox(list(controls.values())), place]))

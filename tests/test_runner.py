@@ -1,0 +1,386 @@
+"""Every silent pass, as a small notebook that must be reported as failed; and what a run leaves behind."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Executor, Future
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from mmfm_utils import UsageError, findings, runner
+
+REPOSITORY = Path(__file__).parents[1]
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PARAMETERS = 'profile = "tiny"\ndevice = "auto"\nseed = 0'
+READ = "print(device, seed)"
+MEASURE = "findings.metric('answer', 42)"
+ENTRY = {key: "x" for key in ("family", "claim", "paper", "arxiv", "reported", "measured", "control")}
+ENTRY |= {"verified": True, "rule": "value > control", "tolerance": 0.01}
+
+
+def begin(name):
+    return f"from mmfm_utils import findings\nfindings.begin(notebook={name!r}, profile=profile, seed=seed)"
+
+
+def judge(key, value=0.5):
+    return f"findings.judge({key!r}, value={value}, control=0.1, interval=(0.2, 0.6), n=9)"
+
+
+class World:
+    """A folder with notebooks/, data/ and results/, as the runner knows it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.entries, self.expected = folder, [], {}
+        for name in ("notebooks", "data/expected"):
+            (folder / name).mkdir(parents=True)
+
+    def add(self, name, *cells, parameters=PARAMETERS, finding=None, metadata=None, **committed):
+        """A notebook of these cells after the usual ones; a string is the source of a code cell."""
+        usual = [new_markdown_cell("# Toy <!--measured--><!--/measured-->")]
+        usual += [new_code_cell(parameters, metadata={"tags": ["parameters"]})] if parameters else []
+        cells = [*usual, begin(name), READ, *cells]
+        nb = new_notebook(cells=[new_code_cell(c) if isinstance(c, str) else c for c in cells], metadata=metadata or {})
+        for cell in nb.cells:
+            if cell.cell_type == "code":  # what an earlier run left must not be taken for a result
+                cell.execution_count = 1 + nb.cells.index(cell)
+        nbformat.write(nb, self.path(name))
+        if finding:
+            self.entries.append(ENTRY | {"id": finding, "notebook": name})
+            self.expected[finding] = {"verdict": "reproduced", "value": 0.5} | committed
+        (self.folder / "data/findings.yaml").write_text(yaml.safe_dump(self.entries))
+        (self.folder / "data/expected/tiny.json").write_text(json.dumps(self.expected))
+
+    def path(self, name):
+        return self.folder / "notebooks" / f"{name}.ipynb"
+
+    def read(self, name):
+        return json.loads((self.folder / "results/tiny" / name).read_text())
+
+    def run(self, *names, **options):
+        """The exit code and the lines."""
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            code = runner.run(names, **options)
+        return code, out.getvalue().splitlines()
+
+    def start(self, *arguments, **options):
+        environment = os.environ | {"MMFM_ROOT": str(self.folder), "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-m", "mmfm_utils.cli", "run", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFM_ROOT", str(tmp_path))
+    return World(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- silent passes
+FAILS = {  # name: what its line must say
+    "b_exit": r"cell 4: SystemExit: 0; 2 cells after it did not run",
+    "b_exit_hard": r"cell 4: the kernel died \(exit code 0\)",
+    "b_raises_tag": r"cell 4: ZeroDivisionError: division by zero",
+    "b_long_error": r"cell 4: AssertionError: first line",
+    "b_unknown": r"no parameter `device` in the tagged cell",
+    "b_no_tag": r"no cells are tagged `parameters`",
+    "b_derived": r"only `name = literal`, not `double = 2 \* seed`",
+    "b_unread": r"parameter `n` is never read after the tagged cell",
+    "b_shadowed": r"parameter `n` is never read after the tagged cell",
+    "b_overwritten": r"parameter `n` is overwritten before it is read",
+    "b_shell": r"cell 4: `!` is not allowed",
+    "b_shell_value": r"cell 4: `!` is not allowed",
+    "b_pip": r"cell 4: `%pip` is not allowed",
+    "b_bash": r"cell 4: `%bash` is not allowed",
+    "b_time": r"cell 4: `%time` is not allowed",
+    "b_syntax": r"cell 4: SyntaxError",
+    "b_skipped": r"cell 4 did not run in its turn",
+    "b_order": r"cell 5 did not run in its turn",
+    "b_hook": r"a hook is still open at the end: record on vision.3",
+    "b_unjudged": r"U1 was not judged",
+    "b_twice": r"W1 was judged 2 times",
+    "b_silent": r"recorded no finding and no metric",
+    "b_profile": r"findings.begin says profile='hub', but it is 'tiny'",
+    "b_name": r"findings.begin says notebook='another', but it is 'b_name'",
+    "b_value": r"DISAGREES V1 is 0.52, expected 0.5 within 0.01",
+    "b_verdict": r"DISAGREES X1 is not reproduced, expected reproduced; X1 is 0.05",
+    "b_endless": r"cell 4: ran longer than 6 s: make it smaller, or raise --cell-timeout",
+    "b_killed": r"cell 4: the kernel died \(killed by signal 9: out of memory\?\)",
+}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """All the broken notebooks and two good ones, run at once, under a user's kernelspec that runs nothing."""
+    world = World(tmp_path_factory.mktemp("world"))
+    spec = world.folder / "share/kernels/python3/kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(
+        json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"})
+    )
+    threads = "import os\nfindings.metric('threads', int(os.environ['OMP_NUM_THREADS']))"
+    figure = f"from IPython.display import Image\nimport base64\nImage(base64.b64decode('{PNG}'))"
+    grow = "grown = bytearray(150_000_000)\nimport time; time.sleep(0.3)\ndel grown"
+    metadata = {"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}}
+    world.add("a_good", judge("G1"), threads, grow, "findings.ledger()", finding="G1", metadata=metadata)
+    world.add("c_good", MEASURE, figure)
+    world.add("b_exit", "import sys\nsys.exit(0)", MEASURE, "print(2)")
+    world.add("b_exit_hard", "import os\nos._exit(0)", MEASURE)
+    world.add("b_raises_tag", new_code_cell("1 / 0", metadata={"tags": ["raises-exception"]}), MEASURE)
+    world.add("b_long_error", "assert False, 'first line\\nsecond line'", MEASURE)
+    world.add("b_unknown", MEASURE, parameters='profile = "tiny"\nseed = 0')
+    world.add("b_no_tag", MEASURE, parameters="")
+    world.add("b_derived", MEASURE, "print(double)", parameters=PARAMETERS + "\ndouble = 2 * seed")
+    world.add("b_unread", MEASURE, parameters=PARAMETERS + "\nn = 5")
+    world.add("b_shadowed", "def f(n):\n    return n", MEASURE, parameters=PARAMETERS + "\nn = 5")
+    world.add("b_overwritten", "n = 3", "print(n)", MEASURE, parameters=PARAMETERS + "\nn: int = 5")
+    world.add("b_shell", "!false", MEASURE)
+    world.add("b_shell_value", "if True:\n    there = !ls", MEASURE)
+    world.add("b_pip", "%pip install nothing-of-this-name", MEASURE)
+    world.add("b_bash", "%%bash\nfalse", MEASURE)
+    world.add("b_time", "%%time\n1 / 0", MEASURE)
+    world.add("b_syntax", "x = = 1", MEASURE)
+    world.add("b_skipped", new_code_cell("1 / 0", metadata={"tags": ["skip-execution"]}), MEASURE)
+    world.add("b_order", "get_ipython().execution_count += 3", MEASURE)
+    hook = "sys.modules['mmfm_utils.hooks'] = types.SimpleNamespace(leftover=lambda: ['record on vision.3'])"
+    world.add("b_hook", MEASURE, f"import sys, types\n{hook}")
+    world.add("b_unjudged", MEASURE, finding="U1")
+    world.add("b_twice", judge("W1", 0.01), judge("W1"), finding="W1")
+    world.add("b_silent", "print(1)")
+    world.add("b_profile", begin("b_profile").replace("=profile", "='hub'"), MEASURE)
+    world.add("b_name", begin("another"), MEASURE)
+    world.add("b_value", judge("V1", 0.52), finding="V1")
+    world.add("b_verdict", judge("X1", 0.05), finding="X1")
+    world.add("b_endless", "while True: pass", MEASURE)
+    world.add("b_killed", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", MEASURE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMFM_ROOT", str(world.folder))
+        patch.setenv("JUPYTER_PATH", str(world.folder / "share"))
+        patch.setenv("JUPYTER_DATA_DIR", str(world.folder / "share"))
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        world.code, world.lines = world.run(jobs=2, cell_timeout=6)
+        yield world
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_silent_pass_is_reported(broken, name):
+    (line,) = [line for line in broken.lines if line.startswith(f"{name}: ")]
+    assert re.search(FAILS[name], line), line
+    status = "disagrees" if "DISAGREES" in line else "failed"
+    assert broken.read(f"{name}.json")["status"] == status and status.upper() in line
+
+
+def test_the_good_ones_pass_beside_them(broken):
+    assert broken.code == 1
+    lines = {line.split(":")[0]: line for line in broken.lines}
+    assert re.fullmatch(r"a_good: 1 reproduced  \(\d+\.\d s, \d+ MB\)", lines["a_good"])
+    assert "ran, nothing to judge" in lines["c_good"]
+    assert broken.lines[-1] == f"report: {broken.folder.resolve()}/results/tiny/report.html"
+    assert f"{len(FAILS) + 2} notebooks in" in broken.lines[-2] and "2 ok" in broken.lines[-2]
+
+
+def test_result_of_a_notebook(broken):
+    result = broken.read("a_good.json")
+    assert result["status"] == "ok" and result["parameters"] == {"profile": "tiny", "device": "auto"}
+    assert result["metrics"][0]["value"] == max(1, runner.cores() // 2)  # jobs=2 share the cores
+    assert 200 < result["peak_mb"] < 400 and result["seconds"] > 0 and result["versions"]["papermill"]
+    executed = nbformat.read(broken.folder / "results/tiny/a_good.ipynb", as_version=4)
+    assert [c.execution_count for c in executed.cells if c.cell_type == "code"] == list(range(1, 9))
+    assert "injected-parameters" in executed.cells[2].metadata.tags
+
+
+def test_traceback_is_kept(broken):
+    text = (broken.folder / "results/tiny/b_long_error.ipynb").read_text()
+    assert "second line" in text and '"traceback"' in text
+    assert "ran longer than" in (broken.folder / "results/tiny/b_endless.ipynb").read_text()
+
+
+def test_ledger(broken):
+    rows = broken.read("ledger.json")
+    assert {row["id"] for row in rows} == {"G1", "V1", "X1"}  # what failed is not to be trusted
+    assert all(tuple(row) == runner.LEDGER for row in rows)
+
+
+def test_report(broken):
+    page = (broken.folder / "results/tiny/report.html").read_text()
+    assert f"data:image/png;base64,{PNG[:-4]}" in page and 'name="viewport"' in page
+    assert "http" not in page and "<script" not in page and "<link" not in page
+    for part in ("1 not reproduced", "2 reproduced", "G1", "out of memory?", "threads", "papermill", "[0.2, 0.6]"):
+        assert part in page, part
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+@pytest.fixture
+def quick(monkeypatch):
+    """Execute the cells here instead of in a kernel, for tests of what happens around it."""
+
+    def execute(task):
+        nb, names = (
+            nbformat.reads(task["notebook"], as_version=4),
+            {"print": lambda *_: None, "seed": 0} | task["parameters"],
+        )
+        try:
+            for cell in runner.code_cells(nb)[1:]:
+                exec(cell.source, names)
+        except AssertionError:
+            return runner.blank(task, "cell 4: AssertionError:")
+        kept = {key: findings._run[key] for key in ("rows", "metrics")}
+        return runner.blank(task) | kept | {"executed": task["notebook"]}
+
+    monkeypatch.setattr(findings, "_display", lambda *_: None)
+    monkeypatch.setattr(findings, "_run", None)
+    monkeypatch.setattr(runner, "execute", execute)
+
+
+def test_fake_executor_and_partial_run(world):
+    """Any executor runs the tasks, which are plain data; a partial run updates its rows and keeps the others."""
+
+    class Inline(Executor):
+        def submit(self, function, /, *arguments):
+            future = Future()
+            function, arguments = pickle.loads(pickle.dumps((function, arguments)))
+            future.set_result(pickle.loads(pickle.dumps(function(*arguments))))
+            return future
+
+    class Lost(Executor):
+        def submit(self, function, /, *arguments):
+            future = Future()
+            future.set_exception(RuntimeError("the worker is gone"))
+            return future
+
+    world.add("01_first", judge("A1"), finding="A1")
+    world.add("02_second", "k = n\n" + judge("B1", 0.4), finding="B1", value=0.4, parameters=PARAMETERS + "\nn = 2")
+    assert world.run(executor=Inline())[0] == 0
+    world.add("02_second", "k = n\n" + judge("B1", "n / 10"), parameters=PARAMETERS + "\nn = 2")
+    code, lines = world.run("02", executor=Inline(), parameters=["n=8"])
+    assert code == 0 and "not compared, because of -p" in lines[1]  # the committed values are those of the defaults
+    assert [(row["id"], row["value"]) for row in world.read("ledger.json")] == [("A1", 0.5), ("B1", 0.8)]
+    code, lines = world.run("01", executor=Lost())
+    assert code == 1 and "FAILED RuntimeError: the worker is gone" in lines[1]
+
+
+def test_profiles(world, quick):
+    world.add("01_first", judge("A1"), finding="A1")
+    world.add("02_second", MEASURE, metadata={"mmfm": {"profiles": ["tiny"]}})
+    code, lines = world.run(profile="rehearsal")
+    assert code == 0 and "02_second: skipped" in lines[1] and "01_first: 1 not judged" in lines[2]
+    with pytest.raises(UsageError, match="runs under tiny, not under rehearsal"):
+        world.run("02", profile="rehearsal")
+
+
+def test_write(world, monkeypatch):
+    """The reference run lands in the notebook and in data/expected; any change of the source outdates it."""
+    view = "from IPython.display import display\ndisplay({'application/vnd.jupyter.widget-view+json': {}}, raw=True)"
+    world.add("01_first", judge("A1", 0.3), view, "1 + 1", finding="A1")
+    assert world.run()[0] == 1  # 0.3 is not the committed 0.5
+    code, lines = world.run(write=True)
+    assert code == 0, lines
+    nb = runner.read(world.path("01_first"))
+    cells = runner.code_cells(nb)
+    assert [cell.execution_count for cell in cells] == [1, 2, 3, 4, 5, 6] and len(nb.cells) == 7
+    assert cells[4].outputs == [] and cells[5].outputs[0].execution_count == 6
+    assert re.search(r"<!--measured-->\d+ s, \d\.\d GB<!--/measured-->", nb.cells[0].source)
+    assert "papermill" not in world.path("01_first").read_text().replace('"papermill": "', "")
+    assert findings.expected("tiny")["A1"]["value"] == 0.3 and runner.stale(nb) == ""
+    nbformat.validate(nb)
+    changed = nbformat.from_dict(json.loads(json.dumps(nb)))
+    changed.cells[1].source += "  # changed"
+    assert "its source changed" in runner.stale(changed)
+    (world.folder / "data/models/contrastive").mkdir(parents=True)
+    (world.folder / "data/models/contrastive/model.safetensors").write_text("weights")
+    assert "its weights changed" in runner.stale(nb)
+    monkeypatch.setattr(runner, "LIMIT_KB", 1)
+    before = world.path("01_first").read_text()
+    code, lines = world.run(write=True)
+    assert code == 1 and "more than 1: make its figures smaller" in lines[1]
+    assert world.path("01_first").read_text() == before
+    assert "carries no stamp" in runner.stale(new_notebook())
+
+
+def test_resume(world, quick):
+    world.add("01_first", judge("A1"), finding="A1")
+    world.add("02_second", "assert False")
+    assert world.run()[0] == 1
+    code, lines = world.run(resume=True)
+    assert "01_first: kept, 1 reproduced" in lines[1] and "02_second: FAILED" in lines[2]
+    world.add("01_first", "print('changed')", judge("A1"))
+    assert "kept" not in world.run("01", resume=True)[1][1]
+    assert "kept" in world.run("01", resume=True)[1][1]
+    assert "kept" not in world.run("01", resume=True, device="cpu")[1][1]
+    (world.folder / "results/tiny/01_first.json").write_text("{")  # a damaged result is run again
+    assert "kept" not in world.run("01", resume=True)[1][1]
+
+
+def test_interrupt_and_resume(world):
+    """Ctrl-C keeps what is finished, leaves no kernel behind, and `--resume` goes on from there."""
+    world.add("01_first", MEASURE)
+    wait = "import os, subprocess, time\nfrom pathlib import Path\nchild = subprocess.Popen(['sleep', '60'])\n"
+    wait += "Path('pids').write_text(f'{os.getpid()} {child.pid}')\nwhile not Path('go').exists(): time.sleep(0.1)"
+    world.add("02_second", wait, MEASURE)
+    process, pids = world.start(), world.folder / "notebooks/pids"
+    deadline = time.monotonic() + 60
+    while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "mmfm run --resume" in out and "Traceback" not in err, out + err
+    for pid in map(int, pids.read_text().split()):
+        gone = not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        assert gone, f"process {pid} was left behind"
+    finished = world.folder / "results/tiny/01_first.json"
+    stamp = finished.stat().st_mtime_ns
+    assert (
+        not (world.folder / "results/tiny/02_second.json").exists()
+        and (world.folder / "results/tiny/report.html").exists()
+    )
+    (world.folder / "notebooks/go").write_text("")
+    code, lines = world.run(resume=True)
+    assert code == 0 and "kept" in lines[1] and "2 ok" in lines[-2], lines
+    assert world.read("01_first.json")["metrics"][0]["value"] == 42 and finished.stat().st_mtime_ns >= stamp
+
+
+def test_full_disk(world, quick, monkeypatch):
+    """No room for a result: said clearly, exit code 1, what was there before is intact."""
+    world.add("01_first", judge("A1"), finding="A1")
+    assert world.run()[0] == 0
+    folder, replace = world.folder / "results/tiny", os.replace
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(source, target):
+        if Path(target).parent == folder:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    code, lines = world.run()
+    assert code == 1 and "cannot write into" in lines[1] and "No space left on device" in lines[1], lines
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_full_disk_for_real(world):
+    """The same with a limit that the system sets on every file: no file may be larger than 100 KB."""
+    world.add("01_first", MEASURE)
+    world.add("02_second", "print('x' * 300_000)", MEASURE)
+    process = world.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err, out + err
+    assert "02_second: FAILED cannot write into" in out and "File too large" in out
+    assert world.read("01_first.json")["status"] == "ok"
+    assert sorted(p.name for p in (world.folder / "results/tiny").iterdir()) == [
+        "01_first.ipynb", "01_first.json", "ledger.json", "report.html"
+    ]  # fmt: skip
