@@ -208,7 +208,7 @@ def _intact(family: str, need_weights: bool) -> Path:
         state, name = _state(family)
         if state != "intact":
             raise UsageError(
-                f"The weight file data/models/{family}/{name} is {state}. Restore it: git checkout -- data/models/{family}"
+                f"The file data/models/{family}/{name} is {state}. Restore it: git checkout -- data/models/{family}"
             )
     return FOLDER / family
 

@@ -23,7 +23,7 @@ RECIPES = sorted((ROOT / "data").rglob("*.py"))
 FLOORS = ["scenes", "hooks", "anatomy", "models", "metrics", "plots", "findings", "runner", "course", "cli"]
 # Below, and still none of their business.
 UNKNOWN_TO = {"metrics": {"models"}, "plots": {"models"}, "findings": {"models"}}
-MAX_LINES = 2500
+MAX_LINES = 3600
 # What the notebooks teach is written out in the notebooks: no function or class of the package bears these in its name.
 METHODS = [
     "ablate", "ablation", "attribution", "decompose", "decomposition", "gradcam", "integrated_gradients", "knockout",

@@ -32,12 +32,13 @@ CHECKPOINTS = HERE.parents[2] / "checkpoints" / "contrastive"
 SEED = 0
 SHIPPED = ("open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json", "tokenizer_config.json")
 BATCH = 256
-PAIRS = 600_000
+PAIRS = 500_000
+FREE, GROUPS_IN = 400, 1400  # steps: how long batches are unconstrained; when groups have reached their full share
 # Half the captions mention every attribute, half mention them with these probabilities.
 MENTION = {"colour": 0.8, "style": 0.7, "ground": 0.6, "size": 0.3, "position": 0.3, "relation": 0.7, "word": 0.9}
-WARM_UP, DECAY = 0.03, 0.35  # shares of training with rising and with falling learning rate
+WARM_UP, DECAY = 84, 0.35  # steps of rising learning rate; share of training with a falling one
 MUON_RATE, ADAM_RATE = 2e-3, 1e-3
-SPARSE = 0.45  # first share of training, in which half the patches are dropped (FLIP, Li et al. 2023): twice the speed
+SPARSE = 0.40  # first share of training, in which half the patches are dropped (FLIP, Li et al. 2023): twice as fast
 
 
 class PlainAttention(nn.MultiheadAttention):
@@ -57,37 +58,38 @@ class PlainAttention(nn.MultiheadAttention):
         return F.linear(mixed, self.out_proj.weight, self.out_proj.bias), None
 
 
-def batch_at(step: int, steps: int, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_at(step: int, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """The images (pair, 3, 64, 64) and tokens (pair, 40) of one step: a function of the step, so a resumed run agrees.
 
-    Single objects come first, pairs and groups join as training goes on. In three batches of four the scenes share what
-    is easy (one ground, two colours): otherwise colour, ground and position alone tell 256 scenes apart, and the model
-    is slow to learn what an object is. In one of the three they differ most in the written word.
+    Single objects come first, pairs and groups join as training goes on. After the first FREE steps the scenes of three
+    batches in four share what is easy (one ground, two colours): otherwise colour, ground and position alone tell 256
+    scenes apart, and the model is slow to learn what an object is. In one of the three they differ most in the written
+    word. (From the first step on, such batches are too hard to learn anything from.)
     """
     rng = np.random.default_rng([SEED, step])
 
     def some(values, n: int) -> tuple:
         return tuple(values[i] for i in rng.choice(len(values), n, replace=False))
 
-    share = min(1.0, step / (0.5 * steps))
+    share = min(1.0, step / GROUPS_IN)
     switches = dict(counts=(1 - 0.5 * share, 0.15 + 0.2 * share, 0.075 * share, 0.075 * share))
     switches |= dict(words=0.3, characters=0.05, split="train")
-    kind = ("free", "objects", "words", "objects")[step % 4]
+    kind = ("free", "objects", "words", "objects")[step % 4] if step >= FREE else "free"
     if kind != "free":
         switches |= dict(grounds=some(scenes.GROUNDS, 1), colours=some(tuple(scenes.COLOURS), 2), words=0.1)
     if kind == "words":
         names = tuple(scenes.OBJECTS)
         switches |= dict(objects=some(names, 6), styles=some(scenes.STYLES, 1), words=1.0, characters=0.0)
-    worlds = [scenes.World(mention=mention, **switches) for mention in (1.0, MENTION)]
+    worlds = [scenes.World(mention=mention, **switches) for mention in (1.0, MENTION if step >= FREE else 0.7)]
     drawn = [(worlds[index % 2], worlds[index % 2].sample(rng)) for index in range(BATCH)]
     captions = [world.caption(scene, rng) for world, scene in drawn]
     images = torch.from_numpy(scenes.render_batch([scene for _, scene in drawn]))
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1, tokenizer(captions)
 
 
-def learning_rate(progress: float) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """Warm-up, plateau, linear decay to zero; 1 on the plateau."""
-    return min(1.0, progress / WARM_UP, (1 - progress) / DECAY)
+    return min(1.0, (step + 0.5) / WARM_UP, (1 - (step + 0.5) / steps) / DECAY)
 
 
 def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -153,11 +155,11 @@ def train(device: str, pairs: int) -> None:
     sparse, whole = PatchDropout(0.5), nn.Identity()
     while step < steps:
         model.visual.patch_dropout = sparse if step < SPARSE * steps else whole
-        images, tokens = (x.to(device) for x in batch_at(step, steps, tokenizer))
+        images, tokens = (x.to(device) for x in batch_at(step, tokenizer))
         torch.manual_seed(step)  # for the patch dropout
         for optimiser in opts:
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * learning_rate((step + 0.5) / steps)
+                group["lr"] = group["peak"] * learning_rate(step, steps)
         with torch.autocast(device, torch.bfloat16):
             image, text, scale = model(images, tokens)
             logits = scale * image.float() @ text.float().T  # (image, text)
