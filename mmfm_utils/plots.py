@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets
@@ -35,7 +36,7 @@ def use_style() -> None:
 def picture(ax: Axes, image: np.ndarray, title: str = "") -> None:
     """Show one picture (height, width, 3) without axes."""
     ax.imshow(image)
-    ax.set_title(title, fontsize=9)
+    ax.set_title(textwrap.fill(title, 26), fontsize=9)
     ax.set_axis_off()
 
 

@@ -429,24 +429,22 @@ def word_mask(scene: Scene, pixels: int = 64) -> np.ndarray:
 
 
 def article(noun: str) -> str:
-    """The noun with its indefinite article; plurals such as "grapes" take none."""
-    if noun in OBJECTS and OBJECTS[noun].plural == noun and noun != "fish":
-        return noun
+    """The noun with its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def phrase(name: str, *adjectives: str) -> str:
+    """A noun phrase for an object: "an orange car", "red grapes" (plurals take no article)."""
+    noun = " ".join([*adjectives, name])
+    return noun if name == "grapes" else article(noun)
 
 
 def _noun_phrase(item: Item, mention: set[str], named: bool) -> str:
     if named and item.character:
         return item.character
-    words = []
-    if "size" in mention and item.size_name != "medium":
-        words.append(item.size_name)
-    if "colour" in mention and item.colour:
-        words.append(item.colour)
-    if not words:
-        return article(item.name)
-    noun = " ".join([*words, item.name])
-    return noun if article(item.name) == item.name else article(noun)
+    size = [item.size_name] if "size" in mention and item.size_name != "medium" else []
+    colour = [item.colour] if "colour" in mention and item.colour else []
+    return phrase(item.name, *size, *colour)
 
 
 def _place(item: Item) -> str:
@@ -506,10 +504,10 @@ def questions(scene: Scene, seed: int = 0) -> list[Question]:
     out.append(Question("style", "what is the style ?", scene.style))
     out.append(Question("word", "what is the written word ?", scene.word or "no word"))
     absent = [name for name in OBJECTS if name not in names]
-    out.append(Question("presence", f"is there {article(absent[rng.integers(len(absent))])} ?", "no"))
+    out.append(Question("presence", f"is there {phrase(absent[rng.integers(len(absent))])} ?", "no"))
     for item in scene.items:
         thing = OBJECTS[item.name]
-        out.append(Question("presence", f"is there {article(item.name)} ?", "yes"))
+        out.append(Question("presence", f"is there {phrase(item.name)} ?", "yes"))
         out.append(Question("category", f"what kind of thing is the {item.name} ?", thing.category))
         out.append(Question("habitat", f"where is the {item.name} found ?", thing.habitat))
         out.append(Question("usual_colour", f"what is the usual colour of the {item.name} ?", thing.usual_colour))

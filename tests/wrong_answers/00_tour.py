@@ -4,24 +4,35 @@ WRONG = {
     "ex1-patch-tokens": [
         (
             "takes the states from the first pictures",
-            r"take the states from them",
+            r"must give the run on `source`",
             """
 with torch.no_grad(), record(clip.anatomy, site) as donor:
-    clip.model.encode_image(pixels_first)
+    clip.model.encode_image(into)
 copy = lambda state: torch.where(which[..., None], donor[site], state)
 with torch.no_grad(), edit(clip.anatomy, {site: copy}):
-    return clip.model.encode_image(pixels_first)
+    return clip.model.encode_image(into)
 """,
         ),
         (
             "runs the second pictures",
-            r"running the first pictures",
+            r"must give the run on `into`",
             """
 with torch.no_grad(), record(clip.anatomy, site) as donor:
-    clip.model.encode_image(pixels_second)
+    clip.model.encode_image(source)
 copy = lambda state: torch.where(which[..., None], donor[site], state)
 with torch.no_grad(), edit(clip.anatomy, {site: copy}):
-    return clip.model.encode_image(pixels_second)
+    return clip.model.encode_image(source)
+""",
+        ),
+        (
+            "copies whole pictures, not tokens",
+            r"copy token by token",
+            """
+with torch.no_grad(), record(clip.anatomy, site) as donor:
+    clip.model.encode_image(source)
+copy = lambda state: torch.where(which.any(1)[:, None, None], donor[site], state)
+with torch.no_grad(), edit(clip.anatomy, {site: copy}):
+    return clip.model.encode_image(into)
 """,
         ),
         (
@@ -29,10 +40,10 @@ with torch.no_grad(), edit(clip.anatomy, {site: copy}):
             r"its own row",
             """
 with torch.no_grad(), record(clip.anatomy, site) as donor:
-    clip.model.encode_image(pixels_second)
+    clip.model.encode_image(source)
 copy = lambda state: torch.where(which[:1, :, None], donor[site], state)
 with torch.no_grad(), edit(clip.anatomy, {site: copy}):
-    return clip.model.encode_image(pixels_first)
+    return clip.model.encode_image(into)
 """,
         ),
     ],
@@ -61,6 +72,16 @@ return lots.argsort(1).argsort(1) < touched.sum(1, keepdim=True)
 away = ~touched
 away[:, 0] = False
 return away
+""",
+        ),
+        (
+            "one draw for all pairs",
+            r"its own draw",
+            """
+lots = torch.rand(touched.shape[1:], generator=generator).to(touched.device).expand(touched.shape).clone()
+lots = lots.masked_fill(touched, 2.0)
+lots[:, 0] = 2.0
+return lots.argsort(1).argsort(1) < touched.sum(1, keepdim=True)
 """,
         ),
         (

@@ -35,6 +35,14 @@ return ((terms - terms.mean(-1, keepdim=True)) / sigma[:, None, None] * ln.weigh
 """,
         ),
         (
+            "centres over terms as well",
+            r"own term only",
+            """
+sigma = (residual.var(-1, unbiased=False) + ln.eps).sqrt()
+return ((terms - terms.mean((1, 2), keepdim=True)) / sigma[:, None, None] * ln.weight) @ tower.projection
+""",
+        ),
+        (
             "forgot gamma",
             r"check gamma",
             """
@@ -109,6 +117,20 @@ return torch.einsum("iht,ithd,dw->ithw", pattern[:, :, 0], v, W_O[0])
             r"subtract its mean",
             """
 return torch.einsum("iht,it,itn->ihn", looks, 1 / sigma, activation)
+""",
+        ),
+        (
+            "the mean over tokens only",
+            r"tokens of each picture",
+            """
+return torch.einsum("iht,it,itn->ihn", looks, 1 / sigma, activation - activation.mean(1, keepdim=True))
+""",
+        ),
+        (
+            "the mean over pictures only",
+            r"pictures at each token",
+            """
+return torch.einsum("iht,it,itn->ihn", looks, 1 / sigma, activation - activation.mean(0))
 """,
         ),
         (

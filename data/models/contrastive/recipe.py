@@ -32,13 +32,15 @@ CHECKPOINTS = HERE.parents[2] / "checkpoints" / "contrastive"
 SEED = 0
 SHIPPED = ("open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json", "tokenizer_config.json")
 BATCH = 256
-PAIRS = 500_000
-FREE, GROUPS_IN = 400, 1400  # steps: how long batches are unconstrained; when groups have reached their full share
+PAIRS = 800_000
+# In steps: how long batches are unconstrained; when groups have reached their full share; from when on batches share
+# nearly everything; between which steps no patches are dropped.
+FREE, GROUPS_IN, SHARP, DENSE = 400, 1400, 1200, (781, 1200)
+SIZED = 1800  # step from which the objects of such a batch have one size, any of the three, and words are rarer
 # Half the captions mention every attribute, half mention them with these probabilities.
 MENTION = {"colour": 0.8, "style": 0.7, "ground": 0.6, "size": 0.3, "position": 0.3, "relation": 0.7, "word": 0.9}
-WARM_UP, DECAY = 84, 0.35  # steps of rising learning rate; share of training with a falling one
+WARM_UP, DECAY = 84, 0.3  # steps of rising learning rate; share of training with a falling one
 MUON_RATE, ADAM_RATE = 2e-3, 1e-3
-SPARSE = 0.40  # first share of training, in which half the patches are dropped (FLIP, Li et al. 2023): twice as fast
 
 
 class PlainAttention(nn.MultiheadAttention):
@@ -58,29 +60,51 @@ class PlainAttention(nn.MultiheadAttention):
         return F.linear(mixed, self.out_proj.weight, self.out_proj.bias), None
 
 
+def kind_at(step: int) -> str:
+    """What the batch of a step is meant to teach: everything, objects, or written words."""
+    if step < FREE:
+        return "free"
+    kinds = (
+        ("free", "objects", "words", "objects") if step < SHARP else ("free", "objects", "words", "objects", "words")
+    )
+    return kinds[step % len(kinds)]
+
+
+def sparse_at(step: int, steps: int) -> bool:
+    """Whether half the patches are dropped, for twice the speed (FLIP, Li et al. 2023); words need all of theirs."""
+    return step < DENSE[0] or DENSE[1] <= step < (1 - DECAY) * steps and kind_at(step) != "words"
+
+
 def batch_at(step: int, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """The images (pair, 3, 64, 64) and tokens (pair, 40) of one step: a function of the step, so a resumed run agrees.
 
-    Single objects come first, pairs and groups join as training goes on. After the first FREE steps the scenes of three
-    batches in four share what is easy (one ground, two colours): otherwise colour, ground and position alone tell 256
-    scenes apart, and the model is slow to learn what an object is. In one of the three they differ most in the written
-    word. (From the first step on, such batches are too hard to learn anything from.)
+    Single objects come first, pairs and groups join as training goes on. Left alone, colour, ground and position tell
+    256 scenes apart, and the model is slow to learn what an object is, and does not learn to read. So from step FREE on
+    most batches share what is easy, and from step SHARP on almost everything but what they are meant to teach. (From
+    the first step on, such batches are too hard to learn anything from.)
     """
     rng = np.random.default_rng([SEED, step])
 
     def some(values, n: int) -> tuple:
         return tuple(values[i] for i in rng.choice(len(values), n, replace=False))
 
-    share = min(1.0, step / GROUPS_IN)
+    kind, share = kind_at(step), min(1.0, step / GROUPS_IN)
     switches = dict(counts=(1 - 0.5 * share, 0.15 + 0.2 * share, 0.075 * share, 0.075 * share))
     switches |= dict(words=0.3, characters=0.05, split="train")
-    kind = ("free", "objects", "words", "objects")[step % 4] if step >= FREE else "free"
+    mentions = (1.0, MENTION if step >= FREE else 0.7)
+    names, colours = tuple(scenes.OBJECTS), tuple(scenes.COLOURS)
     if kind != "free":
-        switches |= dict(grounds=some(scenes.GROUNDS, 1), colours=some(tuple(scenes.COLOURS), 2), words=0.1)
+        switches |= dict(grounds=some(scenes.GROUNDS, 1), colours=some(colours, 2), words=0.1)
     if kind == "words":
-        names = tuple(scenes.OBJECTS)
         switches |= dict(objects=some(names, 6), styles=some(scenes.STYLES, 1), words=1.0, characters=0.0)
-    worlds = [scenes.World(mention=mention, **switches) for mention in (1.0, MENTION if step >= FREE else 0.7)]
+    if kind != "free" and step >= SHARP:
+        silent = {"position": 0.0, "size": 0.0}
+        switches |= dict(natural=0.0, sizes=("medium",), counts=(0.7, 0.3))
+        if step >= SIZED:
+            switches |= dict(sizes=some(tuple(scenes.SIZES), 1))
+        mentions = (silent, MENTION | silent)
+        switches |= dict(objects=some(names, 4)) if kind == "words" else dict(colours=some(colours, 1), words=0.0)
+    worlds = [scenes.World(mention=mention, **switches) for mention in mentions]
     drawn = [(worlds[index % 2], worlds[index % 2].sample(rng)) for index in range(BATCH)]
     captions = [world.caption(scene, rng) for world, scene in drawn]
     images = torch.from_numpy(scenes.render_batch([scene for _, scene in drawn]))
@@ -154,7 +178,7 @@ def train(device: str, pairs: int) -> None:
     began, losses = time.time(), []
     sparse, whole = PatchDropout(0.5), nn.Identity()
     while step < steps:
-        model.visual.patch_dropout = sparse if step < SPARSE * steps else whole
+        model.visual.patch_dropout = sparse if sparse_at(step, steps) else whole
         images, tokens = (x.to(device) for x in batch_at(step, tokenizer))
         torch.manual_seed(step)  # for the patch dropout
         for optimiser in opts:
@@ -214,17 +238,17 @@ def evaluate(model, tokenizer, n: int = 1000, seed: int = 1) -> dict[str, float]
     def with_(**changes):
         return scenes.World(**{**world.__dict__, **changes})
 
-    objects, nouns = list(scenes.OBJECTS), [scenes.article(name) for name in scenes.OBJECTS]
+    objects, nouns = list(scenes.OBJECTS), [scenes.phrase(name) for name in scenes.OBJECTS]
     alone = with_(counts=tuple(single)).sample_many(n, seed)
     out = {}
-    prompts = [[f"a picture of {noun}", noun, *(f"{noun} on {g}" for g in scenes.GROUNDS)] for noun in nouns]
+    prompts = [[scenes.phrase(name, colour) for colour in scenes.COLOURS] for name in objects]
     out["object"] = share(alone, objects, prompts, lambda s: s.items[0].name)
     prompts = [[f"{scenes.article(style)} drawing of {noun}" for noun in nouns] for style in scenes.STYLES]
     out["style"] = share(alone, list(scenes.STYLES), prompts, lambda s: s.style)
     prompts = [[f"{noun} on {ground}" for noun in nouns] for ground in scenes.GROUNDS]
     out["ground"] = share(alone, list(scenes.GROUNDS), prompts, lambda s: s.ground)
     colours = list(scenes.COLOURS)
-    tinted = texts([[scenes.article(f"{colour} {name}")] for name in objects for colour in colours])
+    tinted = texts([[scenes.phrase(name, colour)] for name in objects for colour in colours])
     variants = tinted.unflatten(0, (len(objects), len(colours)))[[objects.index(s.items[0].name) for s in alone]]
     guess = torch.einsum("ie,ice->ic", images(alone), variants).argmax(-1).tolist()
     out["colour"] = float(np.mean([colours[g] == s.items[0].colour for g, s in zip(guess, alone, strict=True)]))
@@ -240,7 +264,7 @@ def evaluate(model, tokenizer, n: int = 1000, seed: int = 1) -> dict[str, float]
         colours = [item.colour for item in scene.items]
         if swap:
             colours = colours[::-1]
-        return [scenes.article(f"{c} {item.name}") for c, item in zip(colours, scene.items, strict=True)]
+        return [scenes.phrase(item.name, c) for c, item in zip(colours, scene.items, strict=True)]
 
     two = [s for s in with_(counts=(0.0, 1.0)).sample_many(2 * n, seed + 1) if s.items[0].colour != s.items[1].colour][
         :n

@@ -1,0 +1,43 @@
+"""The whole as its users meet it: every notebook runs and agrees with what is committed; README says what is so."""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from mmfm_utils import models, runner
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_runs_headless_and_agrees_with_the_committed_results(path, tmp_path, capsys):
+    code = runner.run([path.stem], results=tmp_path)
+    assert code == 0, capsys.readouterr().out
+    ledger = json.loads((tmp_path / "tiny" / "ledger.json").read_text())
+    committed = json.loads((ROOT / "data" / "expected" / "tiny.json").read_text())
+    assert {row["id"] for row in ledger} <= set(committed) and ledger
+
+
+def test_readme_names_every_notebook_that_is_here_and_no_other():
+    linked = re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\) .*\| here \|$", README, re.M)
+    assert linked == [path.stem for path in NOTEBOOKS]
+
+
+def test_readme_gives_the_held_out_figures_of_the_card():
+    card = models.read_card("contrastive")
+    rows = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \| [\d.]+ \|$", README, re.M))
+    assert rows == {name: f"{value:.3f}" for name, value in card["held_out"].items()}
+
+
+def test_the_picture_in_readme_is_a_figure_of_the_tour():
+    picture = (ROOT / "data" / "readme" / "hand_over.png").read_bytes()
+    tour = nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", 4)
+    outputs = [out for cell in tour.cells if cell.cell_type == "code" for out in cell.outputs]
+    pictures = [base64.b64decode(out["data"]["image/png"]) for out in outputs if "image/png" in out.get("data", {})]
+    assert picture in pictures
