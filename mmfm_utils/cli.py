@@ -55,6 +55,13 @@ def parser() -> Parser:
 
 
 def run(args) -> int:
+    from . import models
+
+    inventory = models.inventory()
+    for path in runner.select(args.names):
+        for family in missing(runner.read(path).metadata.get("mmfm", {}), args.profile, inventory):
+            hints = [row["hint"] for row in inventory if (row["family"], row["profile"]) == (family, args.profile)]
+            raise UsageError(f"{path.stem} needs the {family} model, which is not there or damaged. {hints[0]}")
     options = {key: value for key, value in vars(args).items() if key not in ("command", "call")}
     return runner.run(**options)
 

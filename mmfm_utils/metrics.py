@@ -40,8 +40,8 @@ def centre_of_mass(weights: Sequence[float] | np.ndarray) -> float:
     weights are negative or sum to zero.
     """
     weights = np.asarray(weights, dtype=float)
-    if len(weights) < 2 or (weights < 0).any() or weights.sum() == 0:
-        raise UsageError("A centre of mass needs two or more weights, none negative, not all zero.")
+    if len(weights) < 2 or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
+        raise UsageError("A centre of mass needs two or more finite weights, none negative, not all zero.")
     return float(weights @ np.linspace(0, 1, len(weights)) / weights.sum())
 
 
@@ -53,6 +53,8 @@ def explained_share(values: np.ndarray, labels: Sequence) -> float:
     """
     values = np.asarray(values, dtype=float)
     kinds, index = np.unique(np.asarray(labels), return_inverse=True)
+    if not np.isfinite(values).all():
+        raise UsageError("The explained share needs finite values; some are NaN or infinite.")
     if len(kinds) < 2 or len(values) <= len(kinds):
         raise UsageError("The explained share needs at least two groups and more examples than groups.")
     counts = np.bincount(index)[:, None]

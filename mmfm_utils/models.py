@@ -25,6 +25,7 @@ from . import UsageError, anatomy, scenes
 
 FOLDER = Path(__file__).parent.parent / "data" / "models"
 FAMILIES = ("contrastive",)
+CARD = ("name", "library", "pairs_seen", "held_out", "chance", "licence", "files")  # what a card must hold
 PROFILES = ("tiny", "rehearsal", "hub")
 
 
@@ -147,7 +148,7 @@ def _contrastive(profile: str, device: torch.device, weights: str, name: str, se
         source, weights = name, "random"
         card |= {"name": name, "weights": "random"}
     with _quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)  # the CPU's only: models are drawn there
         model = (
             open_clip.create_model(source, load_weights=weights == "trained").to(device).eval().requires_grad_(False)
         )
@@ -179,8 +180,9 @@ def read_card(family: str) -> dict:
     """The card of an embedded model: data, steps, seed, machine, held-out figures, licence, sha256 of its files."""
     path = FOLDER / family / "card.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        card = json.loads(path.read_text())
+        return {key: card[key] for key in CARD} | card
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"The card of the {family} model cannot be read ({type(error).__name__}). "
             f"Restore it: git checkout -- data/models/{family}"
@@ -192,9 +194,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _state(family: str) -> tuple[str, str]:
+def _state(family: str, with_weights: bool = True) -> tuple[str, str]:
     """ "intact", "missing" or "damaged", and the file that is to blame."""
     for name, expected in read_card(family)["files"].items():
+        if name.endswith(".safetensors") and not with_weights:
+            continue
         path = FOLDER / family / name
         if not path.exists():
             return "missing", name
@@ -204,12 +208,11 @@ def _state(family: str) -> tuple[str, str]:
 
 
 def _intact(family: str, need_weights: bool) -> Path:
-    if need_weights:
-        state, name = _state(family)
-        if state != "intact":
-            raise UsageError(
-                f"The file data/models/{family}/{name} is {state}. Restore it: git checkout -- data/models/{family}"
-            )
+    state, name = _state(family, need_weights)
+    if state != "intact":
+        raise UsageError(
+            f"The file data/models/{family}/{name} is {state}. Restore it: git checkout -- data/models/{family}"
+        )
     return FOLDER / family
 
 

@@ -207,6 +207,10 @@ class Item:
         _known("object", self.name, OBJECTS)
         if self.colour is not None:
             _known("colour", self.colour, COLOURS)
+        if not (0 <= self.x <= 1 and 0 <= self.y <= 1 and 0 < self.size <= 1):
+            raise UsageError(
+                f"An item's x, y and size are fractions of the picture, not {self.x}, {self.y}, {self.size}."
+            )
 
     @property
     def character(self) -> str | None:
@@ -454,7 +458,8 @@ def _place(item: Item) -> str:
 def caption(scene: Scene, mention: Sequence[str] = ATTRIBUTES, template: int = 0, named: bool = False) -> str:
     """A sentence about the scene that names its objects and those of its attributes that `mention` lists.
 
-    `template` 0 to 2 varies the order of the parts; `named` calls characters by their name instead of by looks.
+    A position is told of a single object only, a relation of exactly two. `template` 0 to 2 varies the order of the
+    parts; `named` calls characters by their name instead of by looks.
     """
     for attribute in mention:
         _known("attribute", attribute, ATTRIBUTES)
@@ -538,6 +543,8 @@ def counterfactual(scene: Scene, attribute: str, value: str | tuple[float, float
             raise UsageError(f"The scene has {len(scene.items)} items, so there is no item {index}.")
         item = scene.items[index]
         if attribute == "position":
+            if not isinstance(value, tuple) or len(value) != 2:
+                raise UsageError(f"A position is a pair (x, y) of fractions of the picture, not {value!r}.")
             item = replace(item, x=float(value[0]), y=float(value[1]))
         elif attribute == "size":
             _known("size", value, SIZES)
@@ -576,15 +583,16 @@ class World:
     """The switches from which scenes are drawn.
 
     counts              weights of 1, 2, 3 and 4 objects
-    natural             share of objects that keep their drawing's own colours
+    natural             share of objects that keep their drawing's own colours (less where the split forbids it)
     mention             share of attributes that a caption mentions (information imbalance), or such a share for each
                         attribute; those left out of the mapping are always mentioned
-    ground_correlation  share of scenes whose ground is the first object's home ground (spurious correlation)
-    co_occurrence       share of scenes of two or more in which the second is the first one's companion (hallucination)
-    words, word_kind    share of scenes with a written word, and which: "any", "matching" (names the first object),
-                        "conflicting" (names another object), "glyphs" (no letters: a control of the same area)
+    ground_correlation  how often the ground is set to the first object's home ground; otherwise it is drawn, and may be
+                        that by chance (spurious correlation)
+    co_occurrence       how often the second object is set to the first one's companion (hallucination)
+    words, word_kind    share of scenes with a written word, and which: "any", "matching" (the first object's name, of
+                        one word), "conflicting" (another object's), "glyphs" (no letters: a control of the same area)
     characters          share of scenes in which one object is a named character
-    duplicates          share of draws that repeat one of `n_duplicates` fixed scenes (memorisation)
+    duplicates          share of draws that repeat one of `n_duplicates` fixed scenes, with one caption (memorisation)
     split               "train", "test" (every object-colour-ground combination held out) or None for both
     """
 
@@ -616,20 +624,55 @@ class World:
         _known("split", self.split, ("train", "test", None) if self.split is None else ("train", "test"))
         if not 1 <= len(self.counts) <= 4 or min(self.counts) < 0 or sum(self.counts) <= 0:
             raise UsageError("World.counts holds one to four weights, for one to four objects, with a positive sum.")
-        for what, choices in {"objects": OBJECTS, "styles": STYLES, "colours": COLOURS, "grounds": GROUNDS}.items():
+        if self.n_duplicates < 1:
+            raise UsageError(f"World.n_duplicates is a number of at least 1, not {self.n_duplicates}.")
+        if self.characters and not self._characters:
+            raise UsageError("World.characters needs a character whose object and colour are among the world's.")
+        for what, choices in {
+            "sizes": SIZES,
+            "objects": OBJECTS,
+            "styles": STYLES,
+            "colours": COLOURS,
+            "grounds": GROUNDS,
+        }.items():
+            if not getattr(self, what):
+                raise UsageError(f"World.{what} is empty. Choose some of: {', '.join(choices)}.")
             for value in getattr(self, what):
                 _known(what[:-1], value, choices)
 
     def sample(self, rng: np.random.Generator) -> Scene:
         """One scene drawn from the switches."""
         if self.duplicates and rng.random() < self.duplicates:
-            fixed = replace(self, duplicates=0.0)
-            return fixed.sample(np.random.default_rng([2024, int(rng.integers(self.n_duplicates))]))
-        for _ in range(1000):
-            scene = self._attempt(rng)
-            if scene is not None:
-                return scene
-        raise UsageError("No scene fits these switches of the world; widen objects, colours, grounds or the split.")
+            return self._fixed[int(rng.integers(self.n_duplicates))]
+        # What the switches give shares of is drawn once; only the rest is drawn again until it fits.
+        count = 1 + int(np.searchsorted(np.cumsum(self.counts) / sum(self.counts), rng.random(), side="right"))
+        correlated, companion, character, word = (
+            share > 0 and rng.random() < share
+            for share in (self.ground_correlation, self.co_occurrence, self.characters, self.words)
+        )
+        ground, word_at = _pick(self.grounds, rng), _pick(("top", "bottom"), rng) if word else None
+        for _ in range(200):
+            names = self._names(count, companion, rng)
+            tints: list[str | None] = []
+            if character:
+                name, tint = _pick(self._characters, rng)
+                names, tints = [name, *(other for other in names if other != name)][:count], [tint]
+            if len(names) < count or (word and self.word_kind == "matching" and names[0] not in WORDS):
+                continue
+            home = HOME_GROUND[names[0]]
+            on = home if correlated and home in self.grounds else ground
+            tints += [self._tint(name, on, rng) for name in names[len(tints) :]]
+            sides = (_on_side(self.split, name, tint, on) for name, tint in zip(names, tints, strict=True))
+            if self.split is not None and not all(sides):
+                continue
+            boxes = self._layout(count, word_at, rng)
+            if boxes:
+                break
+        else:
+            raise UsageError("No scene fits these switches of the world; widen objects, colours, sizes or the split.")
+        items = tuple(Item(name, tint, *box) for name, tint, box in zip(names, tints, boxes, strict=True))
+        written = self._word(names, rng) if word else None
+        return Scene(items, _pick(self.styles, rng), on, written, word_at or "bottom", texture=int(rng.random() * 8))
 
     def sample_many(self, n: int, seed: int = 0) -> list[Scene]:
         """n scenes; the same seed gives the same scenes."""
@@ -637,73 +680,82 @@ class World:
         return [self.sample(rng) for _ in range(n)]
 
     def caption(self, scene: Scene, rng: np.random.Generator) -> str:
-        """A caption that mentions each attribute with probability `mention`, in a random template."""
+        """A caption that mentions each attribute with probability `mention`, in a random template.
+
+        A duplicated scene has one caption, so that the pair repeats and not just the picture.
+        """
+        if self.duplicates and scene in self._fixed:
+            return caption(scene)
         draws = rng.random(len(ATTRIBUTES) + 2)
         shares = self.mention if isinstance(self.mention, Mapping) else dict.fromkeys(ATTRIBUTES, self.mention)
         mention = [name for name, draw in zip(ATTRIBUTES, draws, strict=False) if draw < shares.get(name, 1.0)]
         return caption(scene, mention, template=int(draws[-1] * 3), named=self.characters > 0 and draws[-2] < 0.5)
 
-    def _attempt(self, rng: np.random.Generator) -> Scene | None:
-        """One try; None when the split or the layout does not allow what was drawn."""
-        pick = lambda values: values[int(rng.random() * len(values))]  # noqa: E731
-        count = int(np.searchsorted(np.cumsum(self.counts) / sum(self.counts), rng.random(), side="right")) + 1
-        names = []
+    @functools.cached_property
+    def _fixed(self) -> list[Scene]:
+        once = replace(self, duplicates=0.0)
+        return [once.sample(np.random.default_rng([2024, index])) for index in range(self.n_duplicates)]
+
+    @property
+    def _characters(self) -> list[tuple[str, str]]:
+        return [pair for pair in CHARACTERS.values() if pair[0] in self.objects and pair[1] in self.colours]
+
+    def _names(self, count: int, companion: bool, rng: np.random.Generator) -> list[str]:
+        names: list[str] = []
         while len(names) < count:
-            name = pick(self.objects)
-            if len(names) == 1 and self.co_occurrence and rng.random() < self.co_occurrence:
+            name = _pick(self.objects, rng)
+            if len(names) == 1 and companion and COMPANION[names[0]] in self.objects:
                 name = COMPANION[names[0]]
-            if name not in names or len(self.objects) < count:
+            if name not in names or len(set(self.objects)) < count:
                 names.append(name)
-        colours = [None if rng.random() < self.natural else pick(self.colours) for _ in names]
-        if self.characters and rng.random() < self.characters:
-            names[0], colours[0] = CHARACTERS[pick(tuple(CHARACTERS))]
-            if names[0] in names[1:]:
-                return None
-        ground = pick(self.grounds)
-        if self.ground_correlation and rng.random() < self.ground_correlation:
-            ground = HOME_GROUND[names[0]]
-        if self.split is not None:
-            unseen = [(name, colour, ground) in HELD_OUT for name, colour in zip(names, colours, strict=True)]
-            if self.split == "train" and any(unseen) or self.split == "test" and not all(unseen):
-                return None
-        word, word_at = None, "bottom"
-        if self.words and rng.random() < self.words:
-            word, word_at = self._word(names, rng, pick), pick(("top", "bottom"))
-        boxes = self._layout(count, word_at if word else None, rng, pick)
-        if boxes is None:
+        return names
+
+    def _tint(self, name: str, ground: str, rng: np.random.Generator) -> str | None:
+        """A tint that the split allows for this object on this ground, if there is one."""
+        if rng.random() < self.natural:
             return None
-        items = tuple(Item(name, colour, *box) for name, colour, box in zip(names, colours, boxes, strict=True))
-        return Scene(items, pick(self.styles), ground, word, word_at, texture=int(rng.random() * 8))
+        allowed = [c for c in self.colours if self.split is None or _on_side(self.split, name, c, ground)]
+        return _pick(allowed or self.colours, rng)
 
-    def _word(self, names: list[str], rng: np.random.Generator, pick) -> str:
+    def _word(self, names: list[str], rng: np.random.Generator) -> str:
         if self.word_kind == "glyphs":
-            return "".join(pick("#%&@$*+=<>") for _ in range(3 + int(rng.random() * 7)))
+            return "".join(_pick("#%&@$*+=<>", rng) for _ in range(3 + int(rng.random() * 7)))
         if self.word_kind == "matching":
-            return names[0].split()[0][:MAX_WORD]
+            return names[0]
         if self.word_kind == "conflicting":
-            return pick([word for word in WORDS if word in OBJECTS and word not in names])
-        return pick(WORDS)
+            return _pick([word for word in WORDS if word in OBJECTS and word not in names], rng)
+        return _pick(WORDS, rng)
 
-    def _layout(self, count: int, word_at: str | None, rng: np.random.Generator, pick) -> list | None:
-        """Boxes (x, y, size) that barely touch; two of them lie clearly beside or clearly above each other."""
+    def _layout(self, count: int, word_at: str | None, rng: np.random.Generator) -> list | None:
+        """Boxes (x, y, size) that barely touch; two of them lie clearly beside or clearly above each other.
+
+        A size too large for that many objects gives way to the largest of the world's sizes that fits.
+        """
         low, high = (0.2 if word_at == "top" else 0.0), (0.8 if word_at == "bottom" else 1.0)
-        sizes = [SIZES[pick(self.sizes)] for _ in range(count)]
-        room = (0.62, 0.5, 0.44, 0.44)[count - 1]
-        smallest = min(SIZES[size] for size in self.sizes)
-        sizes = [
-            size if size <= room else max(smallest, min(SIZES["medium"] if count < 3 else smallest, size))
-            for size in sizes
-        ]
-        for _ in range(30):
-            boxes = []
-            for size in sizes:
+        known = [SIZES[size] for size in self.sizes]
+        fitting = [size for size in known if size <= (0.62, 0.5, 0.34, 0.34)[count - 1]] or [min(known)]
+        boxes: list = []
+        for _ in range(count):
+            size = min(_pick(known, rng), max(fitting))
+            size = size if size in known else max(fitting)
+            for _ in range(40):
                 x = size / 2 + rng.random() * (1 - size)
                 y = low + size / 2 + rng.random() * max(high - low - size, 0)
-                boxes.append((round(x, 4), round(y, 4), size))
-            if all(_apart(a, b) for i, a in enumerate(boxes) for b in boxes[:i]):
-                if count != 2 or _clear(*boxes):
-                    return boxes
-        return None
+                box = (round(x, 4), round(y, 4), size)
+                if all(_apart(box, other) for other in boxes) and (count != 2 or not boxes or _clear(box, boxes[0])):
+                    boxes.append(box)
+                    break
+            else:
+                return None
+        return boxes
+
+
+def _pick(values, rng: np.random.Generator):
+    return values[int(rng.random() * len(values))]
+
+
+def _on_side(split: str, name: str, colour: str | None, ground: str) -> bool:
+    return ((name, colour, ground) in HELD_OUT) == (split == "test")
 
 
 def _apart(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool:

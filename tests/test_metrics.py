@@ -36,7 +36,7 @@ def test_centre_of_mass():
     assert metrics.centre_of_mass([1, 0, 0]) == 0
     assert metrics.centre_of_mass([0, 0, 2]) == 1
     assert metrics.centre_of_mass([1, 1, 1, 1]) == pytest.approx(0.5)
-    for bad in ([1], [0, 0], [1, -1]):
+    for bad in ([1], [0, 0], [1, -1], [1, np.nan]):
         with pytest.raises(UsageError):
             metrics.centre_of_mass(bad)
 
@@ -54,6 +54,8 @@ def test_explained_share_is_one_for_labels_that_say_all_and_zero_for_none():
     assert metrics.explained_share(noise, names) == metrics.explained_share(noise, labels)
     with pytest.raises(UsageError):
         metrics.explained_share(noise, np.zeros(300))
+    with pytest.raises(UsageError, match="finite"):
+        metrics.explained_share(np.full((300, 2), np.nan), labels)
 
 
 def test_explained_share_agrees_with_the_one_way_table():

@@ -9,6 +9,8 @@ Checkpoints live in checkpoints/contrastive, outside git; --export writes the we
 """
 
 import argparse
+import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -70,7 +72,7 @@ def kind_at(step: int) -> str:
 
 
 def sparse_at(step: int, steps: int) -> bool:
-    """Whether half the patches are dropped, for twice the speed (FLIP, Li et al. 2023); words need all of theirs."""
+    """Whether half the patches are dropped, for twice the speed (FLIP, Li et al. 2023); to learn to read needs all."""
     return step < DENSE[0] or DENSE[1] <= step < (1 - DECAY) * steps and kind_at(step) != "words"
 
 
@@ -101,6 +103,8 @@ def batch_at(step: int, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
         switches |= dict(natural=0.0, sizes=("medium",), counts=(0.7, 0.3))
         if step >= SIZED:
             switches |= dict(sizes=some(tuple(scenes.SIZES), 1))
+        if switches["sizes"] == ("large",):
+            switches |= dict(counts=(1.0,))  # two do not fit
         mentions = (silent, MENTION | silent)
         switches |= dict(objects=some(names, 4)) if kind == "words" else dict(colours=some(colours, 1), words=0.0)
     worlds = [scenes.World(mention=mention, **switches) for mention in mentions]
@@ -141,7 +145,11 @@ def save(model, opts, step: int, seconds: float) -> None:
             }
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
     beside = CHECKPOINTS / "last.tmp"
-    save_file(tensors, beside, {"step": str(step), "seconds": str(seconds)})
+    device = next(model.parameters()).device
+    cpu = f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    machine += f", bfloat16, torch {torch.__version__}"
+    save_file(tensors, beside, {"step": str(step), "seconds": str(seconds), "machine": machine})
     beside.replace(CHECKPOINTS / "last.safetensors")
 
 
@@ -238,9 +246,7 @@ def evaluate(model, tokenizer, n: int = 1000, seed: int = 1) -> dict[str, float]
         guess = (images(drawn) @ texts(prompts).T).argmax(-1).tolist()
         return float(np.mean([classes[g] == truth(scene) for g, scene in zip(guess, drawn, strict=True)]))
 
-    def with_(**changes):
-        return scenes.World(**{**world.__dict__, **changes})
-
+    with_ = functools.partial(dataclasses.replace, world)
     objects, nouns = list(scenes.OBJECTS), [scenes.phrase(name) for name in scenes.OBJECTS]
     alone = with_(counts=tuple(single)).sample_many(n, seed)
     out = {}
@@ -297,11 +303,15 @@ CHANCE = {
 }  # fmt: skip
 
 
-def export(pairs: int) -> None:
+def export() -> None:
     """Write the shipped half-precision weights and the card with their held-out figures."""
     model = open_clip.create_model(f"local-dir:{HERE}", load_weights=False)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{HERE}")
     step, seconds = restore(model, [])
+    if step == 0:
+        raise SystemExit(f"There is no checkpoint in {CHECKPOINTS}: train first, without --export.")
+    with safe_open(CHECKPOINTS / "last.safetensors", "pt") as file:
+        machine = file.metadata().get("machine", "2 CPU threads, x86_64, bfloat16")
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, HERE / "open_clip_model.safetensors", {"format": "pt"})
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
@@ -312,16 +322,15 @@ def export(pairs: int) -> None:
         "data": "emoji scenes, training side of the compositional split; the kinds of batches, and when each begins, "
         "stand in batch_at",
         "pairs_seen": step * BATCH,
-        "pairs_planned": pairs,
         "seed": SEED,
-        "machine": f"{torch.get_num_threads()} CPU threads, {platform.machine()}, bfloat16, torch {torch.__version__}",
+        "machine": machine,
         "minutes": round(seconds / 60),
         "held_out": evaluate(model.eval(), tokenizer),
         "chance": {name: round(value, 4) for name, value in CHANCE.items()},
         "tolerance": 0.02,
         "files": {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in SHIPPED},
         "licence": "MIT; trained on pictures composed of the emoji sets named in data/sprites/LICENCES.md",
-        "repeat": "python data/models/contrastive/recipe.py && python data/models/contrastive/recipe.py --export",
+        "repeat": f"recipe.py --pairs {step * BATCH} and then recipe.py --export, in data/models/contrastive",
     }
     (HERE / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card, indent=2))
@@ -339,6 +348,6 @@ if __name__ == "__main__":
         model = open_clip.create_model(f"local-dir:{HERE}").to(options.device).eval()
         print(json.dumps(evaluate(model, open_clip.get_tokenizer(f"local-dir:{HERE}")), indent=2))
     elif options.export:
-        export(options.pairs)
+        export()
     else:
         train(options.device, options.pairs, options.from_shipped)
