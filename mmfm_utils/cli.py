@@ -16,8 +16,6 @@ import psutil
 from . import UsageError, __version__, findings, runner
 from .runner import say
 
-READY = ("intact", "from config", "cached")  # of the states that models.inventory knows
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong request is one line, like every other."""
@@ -55,13 +53,6 @@ def parser() -> Parser:
 
 
 def run(args) -> int:
-    from . import models
-
-    inventory = models.inventory()
-    for path in runner.select(args.names):
-        for family in missing(runner.read(path).metadata.get("mmfm", {}), args.profile, inventory):
-            hints = [row["hint"] for row in inventory if (row["family"], row["profile"]) == (family, args.profile)]
-            raise UsageError(f"{path.stem} needs the {family} model, which is not there or damaged. {hints[0]}")
     options = {key: value for key, value in vars(args).items() if key not in ("command", "call")}
     return runner.run(**options)
 
@@ -108,15 +99,9 @@ def doctor(args) -> int:
     say("")
     for path in sorted((findings.root() / "notebooks").glob("*.ipynb")):
         needs = runner.read(path).metadata.get("mmfm", {})
-        can = [p for p in needs.get("profiles", findings.PROFILES) if not missing(needs, p, inventory)]
+        can = [p for p in needs.get("profiles", findings.PROFILES) if not runner.missing(needs, p, inventory)]
         say(f"  {path.stem:<40} {'runs under ' + ', '.join(can) if can else 'cannot run: see the table above'}")
     return 1 if any(row["profile"] == "tiny" and row["state"] != "intact" for row in inventory) else 0
-
-
-def missing(needs: dict, profile: str, inventory: list[dict]) -> list[str]:
-    """The families that a notebook needs under a profile and that are not there."""
-    ready = [row for row in inventory if row["profile"] == profile and row["state"] in READY]
-    return [family for family in needs.get("families", []) if family not in [row["family"] for row in ready]]
 
 
 def main(argv: list[str] | None = None) -> int:

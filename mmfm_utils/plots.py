@@ -40,11 +40,15 @@ def picture(ax: Axes, image: np.ndarray, title: str = "") -> None:
     ax.set_axis_off()
 
 
-def gallery(images: Sequence[np.ndarray], titles: Sequence[str] = (), columns: int = 6, title: str = "") -> Figure:
-    """Pictures side by side, `columns` to a row, each under its title."""
+def gallery(
+    images: Sequence[np.ndarray], titles: Sequence[str] = (), columns: int = 6, title: str = "", size: float = 1.75
+) -> Figure:
+    """Pictures side by side, `columns` to a row, each under its title and `size` inches wide."""
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
-    figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 2.0 * rows + 0.3 * bool(title)), squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(size * columns, (size + 0.25) * rows + 0.3 * bool(title)), squeeze=False
+    )
     for ax in axes.flat:
         ax.set_axis_off()
     for index, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):

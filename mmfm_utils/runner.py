@@ -10,8 +10,10 @@ of mmfm_utils and data/, the parameters, the versions): `--resume` keeps a resul
 """
 
 import ast
+import base64
 import hashlib
 import html
+import io
 import json
 import logging
 import os
@@ -38,6 +40,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
 from papermill.parameterize import parameterize_notebook
+from PIL import Image
 
 from . import UsageError, findings
 from .findings import COLOURS, nearest, shown, write_atomic
@@ -45,6 +48,7 @@ from .findings import COLOURS, nearest, shown, write_atomic
 MAGICS = ("matplotlib", "config")  # the others hide failures, or reach outside the notebook
 SHELLS = ("system", "getoutput", "run_line_magic", "run_cell_magic", "run_cell")  # what IPython turns them into
 PACKAGES = "torch torchvision transformers diffusers open_clip_torch captum scikit-learn numpy matplotlib papermill"
+READY = ("intact", "from config", "cached")  # of the states that models.inventory knows
 LIMIT_KB = 500  # of a committed notebook
 MEASURED = re.compile(r"(<!--measured-->).*?(<!--/measured-->)", re.S)  # `--write` puts seconds and memory between
 LEDGER = ("id", "notebook", "claim", "value", "control", "interval", "n", "verdict", "rule", "seconds", "peak_mb")
@@ -457,6 +461,28 @@ def make_executor(name: str, jobs: int) -> Executor:
         raise UsageError(f"no Dask scheduler answers at {name}: start one there ({_line(error)})") from None
 
 
+def missing(needs: dict, profile: str, inventory: list[dict]) -> dict[str, str]:
+    """The families that a notebook needs under a profile and whose default model is not ready: {family: what to do}."""
+    hints = dict.fromkeys(needs.get("families", []), "there is none in this version")
+    for row in reversed(inventory):  # the first of a family is the default, so it has the last word
+        if row["profile"] == profile and row["family"] in needs.get("families", []):
+            hints[row["family"]] = "" if row["state"] in READY else row["hint"] or "see `mmfm doctor`"
+    return {family: hint for family, hint in hints.items() if hint}
+
+
+def check_models(tasks: list[dict]) -> None:
+    """Raise for what a notebook would only say after its kernel has started: a missing, damaged or unfetched model."""
+    needing = [(task, nb.metadata.get("mmfm", {})) for task in tasks if (nb := read(Path(task["path"])))]
+    if not any(needs.get("families") for _, needs in needing):
+        return
+    from . import models
+
+    inventory = models.inventory()
+    for task, needs in needing:
+        for family, hint in missing(needs, task["profile"], inventory).items():
+            raise UsageError(f"{task['name']} needs the {family} model, which is missing or damaged: {hint}")
+
+
 def results_folder(results, profile: str) -> Path:
     folder = Path(results or findings.root() / "results") / profile
     try:
@@ -501,6 +527,7 @@ def run(
         raise UsageError(f"{unfit[0]['name']} runs under {', '.join(unfit[0]['profiles'])}, not under {profile}")
     folder = results_folder(results, profile)
     pool = make_executor(executor, jobs) if isinstance(executor, str) else executor
+    check_models([task for task in tasks if task not in unfit])
     tasks = [task for task in tasks if task not in unfit]
     where = f"{jobs} at once" if executor == "local" else f"on {executor}"
     say(f"Running {len(tasks)} notebooks, profile {profile}, device {device}, {where}; writing to {folder}")
@@ -593,6 +620,17 @@ def finish(folder: Path, task: dict, result: dict, write: bool, note: str = "") 
     return result["status"]
 
 
+def _with_palette(png: str) -> str:
+    """A PNG, base64, in 256 colours: a third of the size, and hard to tell apart."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    small = io.BytesIO()
+    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
+    flat.quantize(256, dither=Image.Dither.NONE).save(
+        small, "PNG", optimize=True, dpi=picture.info.get("dpi", (72, 72))
+    )
+    return base64.b64encode(small.getvalue()).decode()
+
+
 def commit(task: dict, result: dict) -> list[str]:
     """Write outputs and stamp into the notebook, and the values into data/expected/<profile>.json."""
     source, ran = (nbformat.reads(text, as_version=4) for text in (task["notebook"], result["executed"]))
@@ -600,6 +638,8 @@ def commit(task: dict, result: dict) -> list[str]:
         cell.execution_count = number
         cell.outputs = [o for o in done.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
         for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                output["data"]["image/png"] = _with_palette(output["data"]["image/png"])
             output |= {"execution_count": number} if "execution_count" in output else {}
     cost = rf"\g<1>{result['seconds']:.0f} s, {result['peak_mb'] / 1000:.1f} GB\g<2>"
     source.cells = [cell for cell in source.cells if "injected-parameters" not in tags(cell)]

@@ -54,6 +54,8 @@ def world(tmp_path, monkeypatch):
         ("run 05 elsewhere/05_lens.ipynb", "would share one result"),
         ("run --profile tinny", "invalid choice: 'tinny'"),
         ("run --device tpu", "invalid choice: 'tpu'"),
+        ("run 04_dead_ends", "needs the diffusion model"),
+        ("run 04_decomposition --profile hub", "hf download"),
         ("run --device cuda", "torch sees no CUDA device here"),
         ("run --jobs 0", "must be above 0"),
         ("run --jobs two", "invalid int value: 'two'"),
