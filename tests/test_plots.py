@@ -11,8 +11,11 @@ matplotlib.use("Agg")
 
 @pytest.fixture(autouse=True)
 def clean():
-    yield
-    plt.close("all")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # another test may have set the collection's style
+        matplotlib.use("Agg")
+        yield
+        plt.close("all")
 
 
 def test_effects_are_centred_on_zero_and_attention_starts_there():
