@@ -320,7 +320,7 @@ def export() -> None:
     if step == 0:
         raise SystemExit(f"There is no checkpoint in {CHECKPOINTS}: train first, without --export.")
     with safe_open(CHECKPOINTS / "last.safetensors", "pt") as file:
-        machine = file.metadata().get("machine", "2 CPU threads, x86_64, bfloat16")
+        machine = file.metadata().get("machine", "not recorded")
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, HERE / "open_clip_model.safetensors", {"format": "pt"})
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
