@@ -156,8 +156,11 @@ POSITIONS = tuple(
     for column in ("left", "", "right")
 )
 ATTRIBUTES = ("colour", "style", "ground", "size", "position", "relation", "word")
+# Asked of a scene's only object without naming it: "where is this found ?"
+THIS = ("this_object", "this_colour", "this_category", "this_habitat", "this_usual_colour", "this_name")
 QUESTIONS = (
-    "presence colour position relation count ground style word category habitat usual_colour name".split()  # fmt: skip
+    *"presence colour position relation count ground style word category habitat usual_colour name".split(),
+    *THIS,
 )
 
 # Each named character is one object in one colour.
@@ -527,6 +530,14 @@ def questions(scene: Scene, seed: int = 0) -> list[Question]:
         opposite = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))[scene.relation]
         asked, answer = ((scene.relation, "yes"), (opposite, "no"))[rng.integers(2)]
         out.append(Question("relation", f"is the {names[0]} {asked} the {names[1]} ?", answer))
+    if len(scene.items) == 1:
+        item, thing = scene.items[0], OBJECTS[names[0]]
+        answers = (item.name, item.colour, thing.category, thing.habitat, thing.usual_colour, item.character)
+        texts = (
+            "what is this ?", "what colour is this ?", "what kind of thing is this ?", "where is this found ?",
+            "what is the usual colour of this ?", "what is the name of this ?",
+        )  # fmt: skip
+        out += [Question(*parts) for parts in zip(THIS, texts, answers, strict=True) if parts[-1]]
     return out
 
 

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import math
-import platform
 import time
 from pathlib import Path
 
@@ -23,15 +22,14 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import PatchDropout
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from mmfm_utils import scenes
+from mmfm_utils import scenes, training
 
 HERE = Path(__file__).parent
-CHECKPOINTS = HERE.parents[2] / "checkpoints" / "contrastive"
+CHECKPOINT = HERE.parents[2] / "checkpoints" / "contrastive" / "last.safetensors"
 SEED = 0
 SHIPPED = ("open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json", "tokenizer_config.json")
 BATCH = 256
@@ -43,7 +41,6 @@ SIZED = 1800  # step from which the objects of such a batch have one size, any o
 # Half the captions mention every attribute, half mention them with these probabilities.
 MENTION = {"colour": 0.8, "style": 0.7, "ground": 0.6, "size": 0.3, "position": 0.3, "relation": 0.7, "word": 0.9}
 WARM_UP, DECAY = 84, 0.25  # steps of rising learning rate; share of training with a falling one
-MUON_RATE, ADAM_RATE = 2e-3, 1e-3
 
 
 class PlainAttention(nn.MultiheadAttention):
@@ -114,62 +111,6 @@ def batch_at(step: int, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1, tokenizer(captions)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Warm-up, plateau, linear decay to zero; 1 on the plateau."""
-    return min(1.0, (step + 0.5) / WARM_UP, (1 - (step + 0.5) / steps) / DECAY)
-
-
-def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else."""
-    matrices = [p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2]
-    rest = [p for name, p in model.named_parameters() if not ("resblocks" in name and p.ndim == 2)]
-    decayed, plain = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
-    adam = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        lr=ADAM_RATE, betas=(0.9, 0.98),
-    )  # fmt: skip
-    muon = torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-    for optimiser in (adam, muon):
-        for group in optimiser.param_groups:
-            group["peak"] = group["lr"]
-    return [adam, muon]
-
-
-def save(model, opts, step: int, seconds: float) -> None:
-    """One safetensors file with weights and optimiser state; moved into place when whole, so a kill leaves the old."""
-    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
-    for index, optimiser in enumerate(opts):
-        for key, state in optimiser.state_dict()["state"].items():
-            tensors |= {
-                f"opt.{index}.{key}.{name}": torch.as_tensor(value).contiguous() for name, value in state.items()
-            }
-    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-    beside = CHECKPOINTS / "last.tmp"
-    device = next(model.parameters()).device
-    cpu = f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    machine += f", bfloat16, torch {torch.__version__}"
-    save_file(tensors, beside, {"step": str(step), "seconds": str(seconds), "machine": machine})
-    beside.replace(CHECKPOINTS / "last.safetensors")
-
-
-def restore(model, opts) -> tuple[int, float]:
-    path = CHECKPOINTS / "last.safetensors"
-    if not path.exists():
-        return 0, 0.0
-    tensors = load_file(path)
-    model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
-    for index, optimiser in enumerate(opts):
-        whole = optimiser.state_dict()
-        for name, tensor in tensors.items():
-            if name.startswith(f"opt.{index}."):
-                key, field = name.split(".")[2:]
-                whole["state"].setdefault(int(key), {})[field] = tensor
-        optimiser.load_state_dict(whole)
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"]), float(file.metadata()["seconds"])
-
-
 def train(device: str, pairs: int, from_shipped: bool = False) -> None:
     torch.manual_seed(SEED)
     model = open_clip.create_model(f"local-dir:{HERE}", load_weights=False).to(device)
@@ -177,8 +118,8 @@ def train(device: str, pairs: int, from_shipped: bool = False) -> None:
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             module.__class__ = PlainAttention
-    opts = optimisers(model)
-    step, seconds = restore(model, opts)
+    opts = training.optimisers(model, blocks="resblocks")
+    step, seconds, _ = training.restore(CHECKPOINT, model, opts)
     if from_shipped and step == 0:
         card = json.loads((HERE / "card.json").read_text())
         model.load_state_dict(load_file(HERE / SHIPPED[0]))
@@ -192,10 +133,8 @@ def train(device: str, pairs: int, from_shipped: bool = False) -> None:
         model.visual.patch_dropout = sparse if sparse_at(step, steps) else whole
         images, tokens = (x.to(device) for x in batch_at(step, tokenizer))
         torch.manual_seed(step)  # for the patch dropout
-        for optimiser in opts:
-            for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * learning_rate(step, steps)
-        with torch.autocast(device, torch.bfloat16):
+        training.set_rate(opts, training.schedule(step, steps, WARM_UP, DECAY))
+        with training.precision(device):
             image, text, scale = model(images, tokens)
             logits = scale * image.float() @ text.float().T  # (image, text)
             target = torch.arange(BATCH, device=device)
@@ -214,7 +153,7 @@ def train(device: str, pairs: int, from_shipped: bool = False) -> None:
         if step % 50 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", scale=f"{scale.item():.0f}")
         if step % 200 == 0 or step == steps:
-            save(model, opts, step, seconds + time.time() - began)
+            training.save(CHECKPOINT, model, opts, step, seconds + time.time() - began)
         if step % 400 == 0 or step == steps:
             print(f"\n{step * BATCH} pairs", json.dumps(evaluate(model.eval(), tokenizer, n=256)), flush=True)
             model.train()
@@ -316,11 +255,9 @@ def export() -> None:
     """Write the shipped half-precision weights and the card with their held-out figures."""
     model = open_clip.create_model(f"local-dir:{HERE}", load_weights=False)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{HERE}")
-    step, seconds = restore(model, [])
+    step, seconds, machine = training.restore(CHECKPOINT, model, [])
     if step == 0:
-        raise SystemExit(f"There is no checkpoint in {CHECKPOINTS}: train first, without --export.")
-    with safe_open(CHECKPOINTS / "last.safetensors", "pt") as file:
-        machine = file.metadata().get("machine", "not recorded")
+        raise SystemExit(f"{CHECKPOINT} does not exist: train first, without --export.")
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, HERE / "open_clip_model.safetensors", {"format": "pt"})
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})

@@ -1,0 +1,237 @@
+"""Train the language model: a small Llama that reads text only. It never sees a picture.
+
+    python data/models/language/recipe.py                    train; goes on from the checkpoint if there is one
+    python data/models/language/recipe.py --half             the same for the second, half-size model
+    python data/models/language/recipe.py --export           write the checkpoint as the shipped weights
+    python data/models/language/recipe.py --evaluate         held-out figures of the shipped weights
+
+It reads descriptions of scenes with questions about them (training side of the compositional split), facts (each in two
+of its three phrasings) and in-context episodes. Documents are drawn afresh at every step and packed into rows.
+Checkpoints live in checkpoints/, outside git.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import processors
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mmfm_utils import scenes, texts, training
+
+HERE = Path(__file__).parent
+CHECKPOINTS = HERE.parents[2] / "checkpoints"
+SHIPPED = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
+LONGEST = 512  # tokens a text
+ROW, BATCH, PARTS = 128, 32, 4  # tokens a row, rows a step, in how many parts they are computed
+SEEDS = {"language": 0, "language_half": 1}
+STEPS = {"language": 3000, "language_half": 3000}
+WARM_UP, DECAY = 100, 0.4
+# From which step on: the share of documents of each kind, the most questions to a described scene, the weight of what
+# is no answer in the loss, and the kinds of questions that come first. Facts and tasks are learned within 400 steps. To
+# answer from a description is not: by step 1500 half the kinds of question were learned, most of the loss being
+# descriptions, which nobody can foresee; by step 2300 all but those that ask which of several objects has what.
+PHASES = (
+    (0, {"scene": 0.35, "caption": 0.1, "fact": 0.25, "episode": 0.3}, 5, 1.0, ()),
+    (400, {"scene": 0.6, "caption": 0.05, "fact": 0.15, "episode": 0.2}, 5, 1.0, ()),
+    (1500, {"scene": 0.75, "caption": 0.0, "fact": 0.15, "episode": 0.1}, 12, 0.1, ()),
+    (2300, {"scene": 0.75, "caption": 0.0, "fact": 0.15, "episode": 0.1}, 5, 0.1, ("colour", "relation", "position")),
+)
+
+
+def load_tokenizer() -> PreTrainedTokenizerFast:
+    """The contrastive model's tokenizer; it puts <start> in front and, other than there, no <end> behind, so that a
+    text can be gone on with."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE.parent / "contrastive", model_max_length=LONGEST)
+    start = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def config(name: str) -> LlamaConfig:
+    tokenizer = load_tokenizer()
+    size = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=10, num_attention_heads=8)
+    if name == "language_half":
+        size = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=8, num_attention_heads=6)
+    return LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=LONGEST, tie_word_embeddings=True, **size,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def batch_at(step: int, part: int, tokenizer, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their weights in the loss, (row, 128) each, of a part of a step: a function of both numbers.
+
+    Documents follow each other, <start> ... <end>; each row begins with a whole one.
+    """
+    rng = np.random.default_rng([seed, step, part])
+    _, shares, turns, other, first = [phase for phase in PHASES if phase[0] <= step][-1]
+    ids: list[int] = []
+    rows: list[list[int]] = []
+    while len(rows) < BATCH // PARTS:
+        for document_ids in tokenizer([texts.document(rng, shares, turns, first) for _ in range(8)]).input_ids:
+            ids += [*document_ids, tokenizer.eos_token_id]
+            if len(ids) >= ROW and len(rows) < BATCH // PARTS:
+                rows.append(ids[:ROW])
+                ids = []
+    colon, stop, arrow, comma = tokenizer.convert_tokens_to_ids([":", ".", "->", ","])
+    weights = []
+    for row in rows:
+        answering, weight = False, []
+        for token in row:
+            weight.append(1.0 if answering else other)
+            answering = token in (colon, arrow) or answering and token not in (stop, comma, tokenizer.eos_token_id)
+        weights.append(weight)
+    return torch.tensor(rows), torch.tensor(weights)
+
+
+def train(name: str, device: str, steps: int, helpers: int) -> None:
+    seed = SEEDS[name]
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer()
+    model = LlamaForCausalLM._from_config(config(name), attn_implementation=training.attention(device)).to(device)
+    opts = training.optimisers(model, blocks=".layers.")
+    path = CHECKPOINTS / name / "last.safetensors"
+    step, seconds, _ = training.restore(path, model, opts)
+
+    def loss_of(step: int, part: int) -> torch.Tensor:
+        ids, weights = (x.to(device) for x in batch_at(step, part, tokenizer, seed))
+        with training.precision(device):
+            logits = model(ids).logits[:, :-1]  # (row, token, vocabulary)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        weights = weights[:, 1:].flatten()
+        return (losses * weights).sum() / weights.sum()
+
+    crew = training.Crew(model, loss_of, PARTS, helpers if device == "cpu" else 0)
+    bar = tqdm(total=steps, initial=step, unit="step", mininterval=10)
+    began, losses = time.time(), []
+    model.train()
+    while step < steps:
+        training.set_rate(opts, training.schedule(step, steps, WARM_UP, DECAY))
+        losses += crew.step(step)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in opts:
+            optimiser.step()
+        step += 1
+        bar.update()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{np.mean(losses[-20 * PARTS :]):.3f}")
+        if step % 100 == 0 or step == steps:
+            training.save(path, model, opts, step, seconds + time.time() - began)
+        if step % 200 == 0 or step == steps:
+            print(f"\nstep {step}", json.dumps(evaluate(model.eval(), tokenizer, n=100)), flush=True)
+            model.train()
+    bar.close()
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, n: int = 1000, seed: int = 1) -> dict[str, float]:
+    """Held-out accuracies, greedy and exact.
+
+    facts: every fact in the phrasing that training left out. qa: questions about n described scenes whose combinations
+    of object, colour and ground are new; also the worst kind of question. icl_TASK: episodes with 5 examples; with
+    none (icl_zero), the x alone does not tell which task is meant.
+    """
+    rng, device = np.random.default_rng(seed), next(model.parameters()).device
+
+    def exact(prompts: list[str], answers: list[str]) -> list[bool]:
+        return training.exact(lambda ids, _: model(ids.to(device)).logits, tokenizer, prompts, answers)
+
+    held = [fact for fact in texts.facts() if fact.held_out]
+    out = {"facts": exact([f.prompt for f in held], [f.answer for f in held])}
+    asked = []
+    for scene in scenes.World(words=0.25, split="test").sample_many(n, seed) + texts.characters("test", n // 2, seed):
+        context = scenes.caption(scene, template=int(rng.integers(3)))
+        told = texts.told(scene, seed=int(rng.integers(2**31)))
+        asked += [(question.kind, texts.prompt(question, context), question.answer) for question in told]
+    asked = [asked[i] for i in rng.permutation(len(asked))[: 4 * n]]
+    right = exact([p for _, p, _ in asked], [a for _, _, a in asked])
+    out["qa"] = right
+    for kind in sorted({kind for kind, _, _ in asked}):
+        out[f"qa_{kind}"] = [r for r, (k, _, _) in zip(right, asked, strict=True) if k == kind]
+    zero = []
+    for task in texts.TASKS:
+        for shots in (5, 0):
+            made = [texts.episode(task, rng, shots) for _ in range(max(n // 4, 40))]
+            hits = exact([p for p, _ in made], [a for _, a in made])
+            if shots:
+                out[f"icl_{task}"] = hits
+            else:
+                zero += hits
+    out["icl_zero"] = zero
+    return {name: round(float(np.mean(hits)), 4) for name, hits in out.items()}
+
+
+def chance() -> dict[str, float]:
+    """Without examples one guesses among the tasks that an x belongs to; elsewhere among the answers that occur."""
+    tasks = {task: 1 / len(set(table.values())) for task, table in texts.TASKS.items()}
+    sharing = [sum(next(iter(table)) in other for other in texts.TASKS.values()) for table in texts.TASKS.values()]
+    return {f"icl_{task}": round(share, 4) for task, share in tasks.items()} | {
+        "icl_zero": round(float(np.mean([1 / n for n in sharing])), 4)
+    }
+
+
+def export(name: str) -> None:
+    """Write the shipped half-precision weights, their config, and the card with their held-out figures."""
+    folder = HERE.parent / name
+    folder.mkdir(exist_ok=True)
+    model = LlamaForCausalLM(config(name))
+    step, seconds, machine = training.restore(CHECKPOINTS / name / "last.safetensors", model, [])
+    if step == 0:
+        raise SystemExit(f"There is no checkpoint of {name}: train first, without --export.")
+    model.config.save_pretrained(folder)
+    halves = {key: tensor.half().contiguous() for key, tensor in training.weights(model).items()}
+    save_file(halves, folder / "model.safetensors", {"format": "pt"})
+    tokenizer = load_tokenizer()
+    tokenizer.save_pretrained(folder)
+    shipped = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    card = {
+        "name": name,
+        "library": "transformers",
+        "parameters": sum(p.numel() for p in shipped.parameters()),
+        "data": "text only: described scenes with questions (training side of the compositional split), facts in two "
+        "of three phrasings, in-context episodes",
+        "steps": step,
+        "tokens_seen": step * BATCH * ROW,
+        "seed": SEEDS[name],
+        "machine": machine,
+        "minutes": round(seconds / 60),
+        "held_out": evaluate(shipped, tokenizer),
+        "chance": chance(),
+        "tolerance": 0.02,
+        "files": {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in SHIPPED},
+        "licence": "MIT",
+        "repeat": f"recipe.py{' --half' * (name != 'language')} --steps {step}, then the same with --export, in "
+        "data/models/language",
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    print(json.dumps(card, indent=2))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--half", action="store_true", help="the second, half-size model, from another seed")
+    parser.add_argument("--steps", type=int, help="how many steps to train")
+    parser.add_argument("--helpers", type=int, default=(os.cpu_count() or 1) - 1, help="further processes, on a CPU")
+    parser.add_argument("--export", action="store_true", help="write the checkpoint as the shipped weights")
+    parser.add_argument("--evaluate", action="store_true", help="held-out figures of the shipped weights")
+    options = parser.parse_args()
+    which = "language_half" if options.half else "language"
+    if options.evaluate:
+        shipped = LlamaForCausalLM.from_pretrained(HERE.parent / which, dtype=torch.float32).to(options.device).eval()
+        print(json.dumps(evaluate(shipped, load_tokenizer()), indent=2))
+    elif options.export:
+        export(which)
+    else:
+        train(which, options.device, options.steps or STEPS[which], options.helpers)

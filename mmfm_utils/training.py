@@ -1,0 +1,268 @@
+"""What the recipes in data/models share: optimisers, schedule, checkpoints, and a fast attention for the CPU."""
+
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+
+def plain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_unused,
+) -> tuple[Tensor, None]:
+    """Attention of transformers' models as two batched products, the softmax in the precision of autocast.
+
+    In bfloat16 PyTorch's fused kernel takes more than half of a training step on a CPU, nearly all of it backward.
+    `query`, `key`, `value` are (batch, head, token, head_dim); gives (batch, token, head, head_dim).
+    """
+    groups = query.shape[1] // key.shape[1]  # grouped-query attention shares keys and values
+    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
+    scaling = scaling or query.shape[-1] ** -0.5
+    with torch.autocast(query.device.type, enabled=False):
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        scores = (query * scaling) @ key.transpose(-1, -2)
+        if attention_mask is not None:
+            scores = scores + attention_mask.to(scores.dtype)
+        return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("plain", plain_attention)
+AttentionMaskInterface.register("plain", eager_mask)
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon in float32, matrices of one shape in one batched product.
+
+    torch's own works in bfloat16, which on a CPU that does not compute in it takes longer than the rest of the step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            shapes: dict[tuple, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), ps in shapes.items():
+                moments = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in ps]
+                torch._foreach_lerp_(moments, [p.grad for p in ps], 1 - group["momentum"])
+                updates = torch.stack(torch._foreach_lerp([p.grad for p in ps], moments, group["momentum"]))
+                rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5  # adjust_lr_fn="match_rms_adamw"
+                torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(ps, list(_orthogonal(updates, group)), alpha=-rate)
+
+
+def _orthogonal(x: Tensor, group: dict) -> Tensor:
+    """Newton-Schulz iteration: (matrix, row, column) with all singular values brought near 1."""
+    a, b, c = group["ns_coefficients"]
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def optimisers(
+    model: nn.Module, blocks: str, muon_rate: float = 2e-3, adam_rate: float = 1e-3
+) -> list[torch.optim.Optimizer]:
+    """Muon for the trainable matrices whose names contain `blocks`, AdamW for every other trainable parameter.
+
+    Each group keeps its rate as `peak`, for `set_rate`.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trainable if blocks in name and p.ndim == 2]
+    rest = [p for name, p in trainable if not (blocks in name and p.ndim == 2)]
+    decayed, plain = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+    opts: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+            lr=adam_rate,
+            betas=(0.9, 0.98),
+        )
+    ]
+    if matrices:
+        opts.append(Muon(matrices, lr=muon_rate, weight_decay=0.05))
+    for optimiser in opts:
+        for group in optimiser.param_groups:
+            group["peak"] = group["lr"]
+    return opts
+
+
+def half(device: str) -> bool:
+    """Whether a device computes in bfloat16; a CPU that only emulates it is ten times slower than in float32."""
+    return device == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def precision(device: str) -> torch.autocast:
+    """Autocast to bfloat16 where that is faster."""
+    return torch.autocast(device, torch.bfloat16, enabled=half(device))
+
+
+def attention(device: str) -> str:
+    """The attention implementation that trains fastest: see `plain_attention`."""
+    return "plain" if device == "cpu" and half(device) else "sdpa"
+
+
+def set_rate(opts: list[torch.optim.Optimizer], share: float) -> None:
+    """Every group's rate becomes this share of its peak."""
+    for optimiser in opts:
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * share
+
+
+class Crew:
+    """Several processes that share a model's weights and divide a step's work among them, for recipes on a CPU.
+
+    A step has `parts`; each process takes the next part that is left and adds the gradients of `loss_of(step, part)`,
+    one thread a process. Two busy processes slow each other far less than two threads that wait for each other.
+    After `losses = crew.step(step)` the parameters' gradients are the mean over the parts.
+    """
+
+    def __init__(self, model: nn.Module, loss_of: Callable[[int, int], Tensor], parts: int, helpers: int):
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.loss_of, self.parts, self.pipes, self.sums = loss_of, parts, [], []
+        context = torch.multiprocessing.get_context("fork")
+        self.taken = context.Value("i", 0)
+        if helpers:
+            torch.set_num_threads(1)
+            model.share_memory()
+        for _ in range(helpers):
+            sums = [torch.zeros_like(p).share_memory_() for p in self.params]
+            mine, theirs = context.Pipe()
+            context.Process(target=self._help, args=(theirs, sums), daemon=True).start()
+            self.pipes.append(mine)
+            self.sums.append(sums)
+
+    def step(self, step: int) -> list[float]:
+        """Compute the gradients of a step; gives the loss of every part that was done here and elsewhere."""
+        self.taken.value = 0
+        for pipe in self.pipes:
+            pipe.send(step)
+        losses = self._work(step)
+        for pipe, sums in zip(self.pipes, self.sums, strict=True):
+            theirs, touched = pipe.recv()
+            losses += theirs
+            for index in touched:
+                p, grad = self.params[index], sums[index]
+                p.grad = grad.clone() if p.grad is None else p.grad.add_(grad)
+        for p in self.params:
+            if p.grad is not None:
+                p.grad /= self.parts
+        return losses
+
+    def _work(self, step: int) -> list[float]:
+        losses = []
+        for p in self.params:
+            p.grad = None
+        while True:
+            with self.taken.get_lock():
+                part = self.taken.value
+                self.taken.value += 1
+            if part >= self.parts:
+                return losses
+            loss = self.loss_of(step, part)
+            loss.backward()
+            losses.append(loss.item())
+
+    def _help(self, pipe, sums: list[Tensor]) -> None:
+        os.setsid()  # so that the system shares a core between this process and others fairly
+        while True:
+            losses = self._work(pipe.recv())
+            touched = [index for index, p in enumerate(self.params) if p.grad is not None]
+            for index in touched:
+                sums[index].copy_(self.params[index].grad)
+            pipe.send((losses, touched))
+
+
+def schedule(step: int, steps: int, warm_up: int, decay: float) -> float:
+    """Warm-up over `warm_up` steps, plateau at 1, linear fall to zero over the last share `decay` of training."""
+    return min(1.0, (step + 0.5) / warm_up, (1 - (step + 0.5) / steps) / decay)
+
+
+def save(path: Path, model: nn.Module, opts: list[torch.optim.Optimizer], step: int, seconds: float) -> None:
+    """One safetensors file with weights and optimiser state; moved into place when whole, so a kill leaves the old."""
+    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in weights(model).items()}
+    for index, optimiser in enumerate(opts):
+        for key, state in optimiser.state_dict()["state"].items():
+            tensors |= {
+                f"opt.{index}.{key}.{name}": torch.as_tensor(value).contiguous() for name, value in state.items()
+            }
+    device = next(model.parameters()).device
+    cpu = f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    number = "bfloat16" if half(device.type) else "float32"
+    machine += f", {number}, torch {torch.__version__}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    save_file(tensors, beside, {"step": str(step), "seconds": str(seconds), "machine": machine})
+    beside.replace(path)
+
+
+def restore(path: Path, model: nn.Module, opts: list[torch.optim.Optimizer]) -> tuple[int, float, str]:
+    """Load a checkpoint into a model and its optimisers: (step, seconds, machine), or (0, 0.0, "") where none is."""
+    if not path.exists():
+        return 0, 0.0, ""
+    tensors = load_file(path)
+    own = weights(model)
+    found = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    if found.keys() != own.keys():
+        raise SystemExit(f"{path} holds another architecture; move it away to begin anew.")
+    model.load_state_dict(found, strict=False)  # all but tied weights, which follow
+    for index, optimiser in enumerate(opts):
+        whole = optimiser.state_dict()
+        for name, tensor in tensors.items():
+            if name.startswith(f"opt.{index}."):
+                key, field = name.split(".")[2:]
+                whole["state"].setdefault(int(key), {})[field] = tensor
+        optimiser.load_state_dict(whole)
+    with safe_open(path, "pt") as file:
+        known = file.metadata()
+    return int(known["step"]), float(known["seconds"]), known.get("machine", "not recorded")
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with each tensor once: tied weights are one tensor under two names."""
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            kept[name] = tensor
+        seen.add(tensor.data_ptr())
+    return kept
+
+
+@torch.no_grad()
+def exact(
+    forward: Callable[[Tensor, slice], Tensor], tokenizer, prompts: list[str], answers: list[str], batch: int = 128
+) -> list[bool]:
+    """Whether greedy decoding gives each answer, token by token; one pass over prompt and answer finds the same.
+
+    `forward(ids, part)` gives the logits (prompt, token, vocabulary) of the padded ids of `prompts[part]`.
+    """
+    right = []
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        heads = tokenizer(prompts[part]).input_ids
+        tails = tokenizer(answers[part], add_special_tokens=False).input_ids
+        longest = max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True))
+        ids = torch.full((len(heads), longest), tokenizer.pad_token_id)
+        for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+            ids[row, : len(head) + len(tail)] = torch.tensor(head + tail)
+        guess = forward(ids, part).argmax(-1).cpu()  # (prompt, token); causal, so the padding behind is not seen
+        for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+            right.append(guess[row, len(head) - 1 : len(head) + len(tail) - 1].tolist() == tail)
+    return right
