@@ -5,7 +5,7 @@
         anatomy.module.encode_image(images)
     anatomy.towers["vision"].W_O(3)                        # (head, head_dim, width)
 
-Sites of each tower T (`vision`, `text`) and layer L, counted from 0; shapes are batch first in every model:
+Sites of each tower T (`vision`, `text`, `lm`) and layer L, counted from 0; shapes are batch first in every model:
 
     T.embed            (batch, token, width)          residual stream before layer 0
     T.L.resid          (batch, token, width)          residual stream after layer L
@@ -16,19 +16,31 @@ Sites of each tower T (`vision`, `text`) and layer L, counted from 0; shapes are
     T.L.attn.pattern   (batch, head, query, key)      after it: rows sum to 1
     T.L.attn.z         (batch, token, head, head_dim) values mixed by the pattern
     T.L.attn.heads     (batch, token, head, width)    z @ W_O: each head's share of T.L.attn, which is their sum + b_O
-    T.L.mlp.hidden     (batch, token, neuron)         neurons after the nonlinearity
-    T.final            (batch, token, width)          after the tower's last LayerNorm
+    T.L.mlp.hidden     (batch, token, neuron)         neurons after the nonlinearity (and times W_in, where it is gated)
+    T.final            (batch, token, width)          after the tower's last norm
     T.out              (batch, embed)                 projected embedding, before L2 normalisation
+    lm.logits          (batch, token, vocabulary)     for the tokens that are unembedded
+    projector.hidden   (picture, image token, width)  LLaVA's projector after its nonlinearity
+    projector          (picture, image token, width)  the image tokens as they enter the language model
 
 So T.embed plus all T.L.attn and T.L.mlp is the last T.L.resid. Splitting attention by head follows Elhage et al. 2021,
 "A Mathematical Framework for Transformer Circuits"; W_Q, b_O, pattern, z are named as in TransformerLens.
 
+In a language model q and k are those after rotary embedding; k and v have the fewer heads of grouped queries (head h
+reads key head h // (n_heads // n_kv_heads)). With a key-value cache, k, v and the key axis hold the past as well, and
+all else the new tokens alone. Padding attends to itself where nothing else is left to it.
+
+In transformers' CLIP, vision.final is the norm of CLS alone: one token. LLaVA reads the stream after an earlier layer
+(`vision_feature_layer`); the vision sites beyond fire and change nothing.
+
 A further family is a further function in `_BUILDERS`, with its own site names over the same words.
 """
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -40,7 +52,36 @@ from torch import Tensor, nn
 from mmfm_utils import UsageError
 from mmfm_utils.hooks import Point
 
-ATTENTION_SITES = ("q", "k", "v", "scores", "pattern", "z", "heads")
+ATTENTION_SITES = ("q", "k", "v", "scores", "pattern", "z")  # `heads` is a part of the output projection
+
+
+def _expose(module: nn.Module, *sites: str) -> None:
+    """Submodules for tensors to pass through, where hooks can reach them. They hold no state."""
+    for name in sites:
+        module.add_module(name, nn.Identity())
+
+
+class OpenProjection(nn.Linear):
+    """The linear layer behind the heads, (..., head * head_dim) -> (..., width); their sum, where someone listens.
+
+    `open` turns a model's own layer into this class where it stands.
+    """
+
+    @classmethod
+    def open(cls, linear: nn.Linear, n_heads: int) -> None:
+        if not isinstance(linear, cls):
+            linear.__class__, linear.n_heads = cls, n_heads
+            _expose(linear, "heads")
+
+    def forward(self, z: Tensor) -> Tensor:
+        if not (self.heads._forward_hooks or self.heads._forward_pre_hooks):
+            return super().forward(z)
+        # Someone listens to the heads. The value comes from the usual product, so that listening changes no bit of it,
+        # plus what an edit changed, which is zero without one; gradients flow through the heads alone.
+        by_head = z.unflatten(-1, (self.n_heads, -1))
+        heads = torch.einsum("...hd,hdw->...hw", by_head, _heads_of(self.weight, self.n_heads))
+        usual = F.linear(z.detach(), self.weight.detach(), self.bias)
+        return usual + (self.heads(heads) - heads.detach()).sum(-2)
 
 
 class OpenAttention(nn.MultiheadAttention):
@@ -57,8 +98,8 @@ class OpenAttention(nn.MultiheadAttention):
         """Turn a plain `nn.MultiheadAttention` into this class, in place; do nothing if it is one already."""
         if not isinstance(attention, cls):
             attention.__class__ = cls
-            for name in ATTENTION_SITES:
-                attention.add_module(name, nn.Identity())
+            _expose(attention, *ATTENTION_SITES)
+            OpenProjection.open(attention.out_proj, attention.num_heads)
 
     def forward(
         self,
@@ -91,23 +132,25 @@ class OpenAttention(nn.MultiheadAttention):
             scores = scores.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         pattern = self.pattern(self.scores(scores).softmax(-1))  # (batch, head, query, key)
         mixed = torch.einsum("bhqk,bkhd->bqhd", F.dropout(pattern, self.dropout, self.training), v)
-        out = self._project(self.z(mixed))
+        out = self.out_proj(self.z(mixed).flatten(2))
         weights = (pattern.mean(1) if average_attn_weights else pattern) if need_weights else None
         return (out if self.batch_first else out.transpose(0, 1)), weights
-
-    def _project(self, z: Tensor) -> Tensor:
-        """(batch, token, head, head_dim) -> (batch, token, width)"""
-        if not (self.heads._forward_hooks or self.heads._forward_pre_hooks):
-            return self.out_proj(z.flatten(2))
-        # Someone listens to the heads. The value comes from the usual product, so that listening changes no bit of it,
-        # plus what an edit changed, which is zero without one; gradients flow through the heads alone.
-        heads = torch.einsum("bqhd,hdw->bqhw", z, _heads_of(self.out_proj.weight, self.num_heads))
-        usual = F.linear(z.flatten(2).detach(), self.out_proj.weight.detach(), self.out_proj.bias)
-        return usual + (self.heads(heads) - heads.detach()).sum(2)
 
 
 def _heads_of(out_weight: Tensor, n_heads: int) -> Tensor:
     return out_weight.T.unflatten(0, (n_heads, -1))  # (head, head_dim, width)
+
+
+# Where a library keeps the parts of a layer: `sites` holds the attention sites, `attn` and `mlp` give what is added to
+# the stream, and the others are linear maps.
+_OPEN_CLIP = dict(sites="attn", attn="ls_1", mlp="ls_2", O="attn.out_proj", **{"in": "mlp.c_fc", "out": "mlp.c_proj"})
+_QKV = {"sites": "self_attn", "Q": "self_attn.q_proj", "K": "self_attn.k_proj", "V": "self_attn.v_proj", "mlp": "mlp"}
+_CLIP = _QKV | dict.fromkeys(("attn", "O"), "self_attn.out_proj") | {"in": "mlp.fc1", "out": "mlp.fc2"}
+_LLAMA = (
+    _QKV
+    | dict.fromkeys(("attn", "O"), "self_attn.o_proj")
+    | {"gate": "mlp.gate_proj", "in": "mlp.up_proj", "out": "mlp.down_proj"}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,19 +158,20 @@ class Tower:
     """The facts about one stack of transformer layers.
 
     Weights are detached views that share the model's memory: writing into one edits the model. They multiply from the
-    right, x @ W, and have one slice a head.
+    right, x @ W, and have one slice a head. A bias that the model does not have is zero.
     """
 
-    blocks: nn.ModuleList = field(repr=False)  # the layers themselves, for what has no name here (ln_1, ln_2)
+    blocks: nn.ModuleList = field(repr=False)  # the layers themselves, for what has no name here (their norms)
+    layout: Mapping[str, str] = field(repr=False)  # where a layer keeps its parts
     n_heads: int
     width: int
-    n_tokens: int  # vision: CLS and patches; text: context length
+    n_tokens: int  # vision: CLS, if there is one, and patches; text, lm: the longest sequence
     grid: tuple[int, int] | None  # (rows, columns) of patches; None for text
     causal: bool
     ln_final: nn.Module = field(repr=False)
-    pool: str  # the state that is projected: "tok" CLS, "avg" mean patch, "argmax"/"eos" end token, "first", "last"
+    pool: str | None  # the state that is read: "tok" CLS, "avg" mean patch, "argmax"/"eos" end token, "first", "last"
     eos_id: int | None
-    proj: nn.Parameter | nn.Linear = field(repr=False)  # read it as `projection`
+    proj: nn.Parameter | nn.Linear | None = field(repr=False)  # read it as `projection`
 
     @property
     def n_layers(self) -> int:
@@ -135,72 +179,89 @@ class Tower:
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.n_heads
+        return self._linear(0, "O")[0].shape[1] // self.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        """The heads of k and v: `n_heads`, or fewer where queries are grouped."""
+        return self._linear(0, "K")[0].shape[0] // self.head_dim
 
     @property
     def n_neurons(self) -> int:
-        return self.blocks[0].mlp.c_fc.out_features
+        return self._linear(0, "in")[0].shape[0]
 
     @property
     def projection(self) -> Tensor:
-        """(width, embed)"""
+        """(width, embed); of a language model the unembedding (width, vocabulary). `UsageError` if there is none."""
+        if self.proj is None:
+            raise UsageError("this tower has no projection")
         # read anew each time: moving the model to another device or precision replaces the data
         return (self.proj.weight.T if isinstance(self.proj, nn.Linear) else self.proj).detach()
 
     def W_Q(self, layer: int) -> Tensor:
         """(head, width, head_dim)"""
-        return self._in_weight(layer, 0)
+        return self._by_head(layer, "Q")[0]
 
     def W_K(self, layer: int) -> Tensor:
-        """(head, width, head_dim)"""
-        return self._in_weight(layer, 1)
+        """(key head, width, head_dim)"""
+        return self._by_head(layer, "K")[0]
 
     def W_V(self, layer: int) -> Tensor:
-        """(head, width, head_dim)"""
-        return self._in_weight(layer, 2)
+        """(key head, width, head_dim)"""
+        return self._by_head(layer, "V")[0]
 
     def W_O(self, layer: int) -> Tensor:
         """(head, head_dim, width)"""
-        return _heads_of(self.blocks[layer].attn.out_proj.weight.detach(), self.n_heads)
+        return _heads_of(self._linear(layer, "O")[0], self.n_heads)
 
     def b_Q(self, layer: int) -> Tensor:
         """(head, head_dim)"""
-        return self._in_bias(layer, 0)
+        return self._by_head(layer, "Q")[1]
 
     def b_K(self, layer: int) -> Tensor:
-        """(head, head_dim)"""
-        return self._in_bias(layer, 1)
+        """(key head, head_dim)"""
+        return self._by_head(layer, "K")[1]
 
     def b_V(self, layer: int) -> Tensor:
-        """(head, head_dim)"""
-        return self._in_bias(layer, 2)
+        """(key head, head_dim)"""
+        return self._by_head(layer, "V")[1]
 
     def b_O(self, layer: int) -> Tensor:
         """(width,)"""
-        return self.blocks[layer].attn.out_proj.bias.detach()
+        return self._linear(layer, "O")[1]
+
+    def W_gate(self, layer: int) -> Tensor:
+        """(width, neuron): mlp.hidden is act(x @ W_gate + b_gate) * (x @ W_in + b_in). `UsageError` without a gate."""
+        return self._linear(layer, "gate")[0].T
+
+    def b_gate(self, layer: int) -> Tensor:
+        """(neuron,)"""
+        return self._linear(layer, "gate")[1]
 
     def W_in(self, layer: int) -> Tensor:
         """(width, neuron)"""
-        return self.blocks[layer].mlp.c_fc.weight.detach().T
+        return self._linear(layer, "in")[0].T
 
     def b_in(self, layer: int) -> Tensor:
         """(neuron,)"""
-        return self.blocks[layer].mlp.c_fc.bias.detach()
+        return self._linear(layer, "in")[1]
 
     def W_out(self, layer: int) -> Tensor:
         """(neuron, width): row i is what one unit of neuron i's activation adds to the residual stream"""
-        return self.blocks[layer].mlp.c_proj.weight.detach().T
+        return self._linear(layer, "out")[0].T
 
     def b_out(self, layer: int) -> Tensor:
         """(width,)"""
-        return self.blocks[layer].mlp.c_proj.bias.detach()
+        return self._linear(layer, "out")[1]
 
     def pooled(self, states: Tensor, ids: Tensor | None = None) -> Tensor:
         """The state that the embedding is projected from: (batch, token, width) -> (batch, width).
 
         `ids` (batch, token) are the token ids, needed where the end token is looked up (`pool` "argmax", "eos");
-        without them `UsageError`.
+        `UsageError` without them, and where the tower pools in a way of its own (`pool` None).
         """
+        if self.pool is None:
+            raise UsageError("this tower pools its states in a way that anatomy does not know")
         if self.pool == "avg":
             return states[:, 1:].mean(1)
         if self.pool in ("tok", "first"):
@@ -212,12 +273,24 @@ class Tower:
         end = ids.argmax(-1) if self.pool == "argmax" else (ids == self.eos_id).int().argmax(-1)
         return states[torch.arange(len(states), device=states.device), end]
 
-    def _in_weight(self, layer: int, part: int) -> Tensor:
-        weight = self.blocks[layer].attn.in_proj_weight.detach().chunk(3)[part]  # (head * head_dim, width)
-        return weight.unflatten(0, (self.n_heads, -1)).transpose(1, 2)
+    def _linear(self, layer: int, part: str) -> tuple[Tensor, Tensor]:
+        """Weight (out, in) and bias (out,)."""
+        block = self.blocks[layer]
+        if part in self.layout:
+            linear = block.get_submodule(self.layout[part])
+            weight, bias = linear.weight, linear.bias
+        elif part in "QKV":  # nn.MultiheadAttention packs the three into one
+            weight, bias = (
+                packed.chunk(3)["QKV".index(part)] for packed in (block.attn.in_proj_weight, block.attn.in_proj_bias)
+            )
+        else:
+            raise UsageError(f"the MLPs of this tower have no {part}")
+        return weight.detach(), weight.new_zeros(len(weight)) if bias is None else bias.detach()
 
-    def _in_bias(self, layer: int, part: int) -> Tensor:
-        return self.blocks[layer].attn.in_proj_bias.detach().chunk(3)[part].unflatten(0, (self.n_heads, -1))
+    def _by_head(self, layer: int, part: str) -> tuple[Tensor, Tensor]:
+        """Weight (head, width, head_dim) and bias (head, head_dim)."""
+        weight, bias = (each.unflatten(0, (-1, self.head_dim)) for each in self._linear(layer, part))
+        return weight.transpose(1, 2), bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,8 +305,11 @@ class Anatomy:
 def of(model: nn.Module) -> Anatomy:
     """The anatomy of a model; opens its attention layers in place, once (its outputs and state dict stay the same).
 
-    Knows open_clip's `CLIP`, `CustomTextCLIP` and `VisionTransformer` with standard layers. Raises `UsageError` for a
-    class or variant that it does not know, and then leaves the model as it was.
+    Knows open_clip's `CLIP`, `CustomTextCLIP` and `VisionTransformer` with standard layers, and of transformers CLIP's
+    and SigLIP's towers, the language models Llama, Mistral and Qwen2, and `LlavaForConditionalGeneration` made of them.
+    In transformers the config says how attention is computed, so it now names the opened way; other models that share
+    it are computed as before. Raises `UsageError` for a class or variant that it does not know, and then leaves the
+    model as it was.
     """
     for cls in type(model).__mro__:
         builder = _BUILDERS.get(f"{cls.__module__}.{cls.__name__}")
@@ -276,12 +352,7 @@ def word_span(tokenizer: Any, text: str, word: str, occurrence: int = 0) -> slic
     Raises `UsageError` if the word does not stand there, or the tokenizer cannot tell where its tokens come from.
     """
     text = getattr(tokenizer, "clean_fn", str)(text)  # open_clip's tokenizers tidy the text first
-    places = list(re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
-    if not -len(places) <= occurrence < len(places):
-        times = {0: "not", 1: "once"}.get(len(places), f"{len(places)} times")
-        wanted = f" (wanted: occurrence {occurrence})" if places else ""
-        raise UsageError(f"{word!r} is {times} in {text!r}{wanted}")
-    begin, end = places[occurrence].span()
+    begin, end = _find(text, word, occurrence)
     if hasattr(tokenizer, "bpe") and hasattr(tokenizer, "sot_token_id"):  # SimpleTokenizer never merges across words
         start = 1 + len(tokenizer.encode(text[:begin]))
         return slice(start, start + len(tokenizer.encode(text[begin:end])))
@@ -289,8 +360,156 @@ def word_span(tokenizer: Any, text: str, word: str, occurrence: int = 0) -> slic
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(f"word_span needs a fast tokenizer, which knows offsets, not {type(tokenizer).__name__}")
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]  # special tokens: (0, 0)
+    return _overlap(offsets, begin, end)
+
+
+def _find(text: str, word: str, occurrence: int) -> tuple[int, int]:
+    """Where the characters of a word begin and end."""
+    places = list(re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+    if not -len(places) <= occurrence < len(places):
+        times = {0: "not", 1: "once"}.get(len(places), f"{len(places)} times")
+        wanted = f" (wanted: occurrence {occurrence})" if places else ""
+        raise UsageError(f"{word!r} is {times} in {text!r}{wanted}")
+    return places[occurrence].span()
+
+
+def _overlap(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> slice:
+    """The tokens that share characters with begin:end, given where the characters of each begin and end."""
     inside = [i for i, (left, right) in enumerate(offsets) if left < end and right > begin]
     return slice(inside[0], inside[-1] + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Which tokens of a prompt are which; each indexes a tensor's token axis."""
+
+    image: slice  # all tokens of the picture, CLS included where the model keeps it; empty without a picture
+    objects: tuple[Tensor, ...]  # for each mask the tokens of its patches (long)
+    context: Tensor  # the tokens of the patches of no mask (long)
+    question: slice  # the text behind the picture (or behind the start token), without the last token
+    subject: slice | None  # the last place in that text, the last token included, where the subject stands
+    last: int  # the last token, from which the answer is read
+
+
+def spans(
+    tokenizer: Any,
+    ids: Any,
+    image_token_id: int | None = None,
+    grid: tuple[int, int] | None = None,
+    masks: Iterable[Any] = (),
+    subject: str | None = None,
+    share: float = 0.5,
+) -> Spans:
+    """The parts of one prompt, given as its token ids: a list or tensor (token,), the picture's tokens already in it.
+
+    `masks` are boolean pixel masks (object, height, width), read with `grid` and `share` as in `patch_tokens`. Padding
+    on the left is passed over; every index counts from the first id. `tokenizer` is any transformers tokenizer.
+
+    Raises `UsageError` if the prompt does not end in text, has several pictures, or one whose tokens do not fit `grid`
+    (its patches, and CLS or not); for masks without a picture; and if the subject does not stand in the text.
+    """
+    ids = torch.as_tensor(ids).flatten().tolist()
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    if not ids or ids[-1] in special:
+        raise UsageError("spans needs a prompt that ends in text: cut the end token or the padding off")
+    places = [i for i, token in enumerate(ids) if token == image_token_id]
+    image = slice(places[0], places[-1] + 1) if places else slice(0, 0)
+    n, patches = len(places), math.prod(grid or ())
+    if n and not (grid and n - patches in (0, 1) and n == image.stop - image.start):
+        raise UsageError(f"spans takes one picture with the (rows, columns) of its patches, not {grid} for {n} tokens")
+    masks = list(masks)
+    if masks and not n:
+        raise UsageError("spans was given masks, but the prompt has no picture")
+    first = image.stop - patches
+    objects = tuple(patch_tokens(mask, grid, share, first) for mask in masks)
+    free = torch.ones(image.stop, dtype=torch.bool)
+    free[:first] = False
+    free[torch.cat([torch.empty(0, dtype=torch.long), *objects])] = False
+    start = image.stop if n else next(i for i, token in enumerate(ids) if token not in special)
+    where = None
+    if subject is not None:
+        # how far the text of the first tokens reaches tells which characters a token brings, in any tokenizer
+        ends = [len(tokenizer.decode(ids[start:stop])) for stop in range(start, len(ids) + 1)]
+        span = _overlap(list(zip(ends, ends[1:])), *_find(tokenizer.decode(ids[start:]), subject, -1))
+        where = slice(start + span.start, start + span.stop)
+    return Spans(image, objects, free.nonzero().flatten(), slice(start, len(ids) - 1), where, len(ids) - 1)
+
+
+def blocked(queries: Any, keys: Any) -> Callable[[Tensor], Tensor]:
+    """A function for `hooks.edit` at `T.L.attn.scores`: query tokens no longer attend to the key tokens.
+
+    `queries` and `keys` are an index, a slice, a list or tensor of indices, or a boolean mask, (token,) or, where the
+    rows of a batch differ, (batch, token). After Geva et al. 2023, "Dissecting Recall of Factual Associations"
+    (arXiv 2304.14767). All tokens must pass at once: generate with `use_cache=False`.
+
+    The function raises `UsageError` where a query would be left with nothing to attend to, which would give NaN.
+    """
+
+    def block(scores: Tensor) -> Tensor:
+        n_queries, n_keys = scores.shape[-2:]
+        if n_queries == 1 < n_keys:
+            raise UsageError("blocked needs all tokens in one pass: run without the key-value cache (use_cache=False)")
+        rows, columns = _chosen(queries, scores, n_queries), _chosen(keys, scores, n_keys)
+        scores = scores.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], -torch.inf)
+        empty = (scores == -torch.inf).all(-1).nonzero()
+        if len(empty):
+            raise UsageError(
+                f"blocked leaves query token {empty[0, 2]} (row {empty[0, 0]} of the batch) nothing to attend to: "
+                "leave it out of the queries, or one of its keys (itself, the first token) out of the keys"
+            )
+        return scores
+
+    return block
+
+
+def _chosen(tokens: Any, scores: Tensor, n: int) -> Tensor:
+    """(batch or 1, token), boolean"""
+    chosen = torch.zeros(1, n, dtype=torch.bool, device=scores.device)
+    if not isinstance(tokens, slice):
+        tokens = torch.as_tensor(tokens, device=scores.device)
+        if tokens.dtype == torch.bool:
+            if tuple(tokens.shape) not in ((n,), (len(scores), n)):
+                raise UsageError(
+                    f"blocked was given a mask of shape {tuple(tokens.shape)} for scores {tuple(scores.shape)}"
+                )
+            return tokens.reshape(-1, n)
+        tokens = tokens.long()  # an empty list has none
+    chosen[:, tokens] = True
+    return chosen
+
+
+class _Pass(nn.Module):
+    def forward(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return states
+
+
+def restart(
+    anatomy: Anatomy, layer: int, states: Tensor, attention_mask: Tensor | None = None, keep: int | Tensor = 0
+) -> Tensor:
+    """Run a language model on from `states` (batch, token, width), its residual stream after `layer`: the logits.
+
+    The same as a pass in which `lm.{layer}.resid` is edited to be `states` (-1: `lm.embed`), without the cost of the
+    layers before. Contexts that are open act at the sites behind it, `lm.embed` among them if `layer` is -1.
+    `attention_mask` (batch, token) marks padding with 0. `keep` says which tokens to unembed: so many of the last
+    (0: all), or a tensor of indices. Returns (batch, token, vocabulary).
+
+    Raises `UsageError` without a language model, and for a layer that it does not have.
+    """
+    if "lm" not in anatomy.towers or not -1 <= layer < anatomy.towers["lm"].n_layers:
+        raise UsageError(
+            f"restart needs a language model and a layer from -1 to its last, not {type(anatomy.module).__name__} "
+            f"and layer {layer}"
+        )
+    stack = anatomy.module.get_submodule(anatomy.points["lm.embed"].module.removesuffix(".layers.0"))
+    layers = stack.layers
+    # The model's own forward pass makes masks and positions; the layers already passed do nothing in it.
+    stack.layers = nn.ModuleList([*(_Pass() for _ in range(layer + 1)), *layers[layer + 1 :]])
+    try:
+        return anatomy.module(
+            inputs_embeds=states, attention_mask=attention_mask, use_cache=False, logits_to_keep=keep
+        ).logits
+    finally:
+        stack.layers = layers
 
 
 # ---- contrastive models: open_clip ----
@@ -309,15 +528,15 @@ def _contrastive(model: nn.Module) -> Anatomy:
     prefix = "" if flat else "text."
     return Anatomy(
         module=model,
-        points=_layer_points("vision", "visual.", model.visual.transformer, "visual.ln_post", "visual")
-        | _layer_points("text", prefix, text.transformer, f"{prefix}ln_final", "text_out" if flat else "text"),
+        points=_open_clip_points("vision", "visual.", model.visual.transformer, "visual.ln_post", "visual")
+        | _open_clip_points("text", prefix, text.transformer, f"{prefix}ln_final", "text_out" if flat else "text"),
         towers={"vision": _vision_tower(model.visual), "text": _text_tower(text)},
     )
 
 
 def _vision_only(model: nn.Module) -> Anatomy:
     _check_vision(model)
-    points = _layer_points("vision", "", model.transformer, "ln_post", "")
+    points = _open_clip_points("vision", "", model.transformer, "ln_post", "")
     return Anatomy(model, points, {"vision": _vision_tower(model)})
 
 
@@ -350,36 +569,43 @@ def _check_layers(transformer: nn.Module) -> None:
 
 def _require(known: bool, what: str) -> None:
     if not known:
-        raise UsageError(f"anatomy does not know {what}; use a model with open_clip's default layers and pooling")
+        raise UsageError(f"anatomy does not know {what}; use a model with its library's default layers and pooling")
 
 
-def _swap(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)
+# How to find a tensor, and put it back, where it has other axes than its site.
+_SEQUENCE_FIRST = (lambda x: x.transpose(0, 1), lambda _raw, x: x.transpose(0, 1))
+_ONE_TOKEN = (lambda x: x[:, None], lambda _raw, x: x[:, 0])
 
 
-def _put_swapped(_raw: Tensor, x: Tensor) -> Tensor:
-    return x.transpose(0, 1)
-
-
-def _layer_points(tower: str, prefix: str, transformer: nn.Module, final: str, out: str) -> dict[str, Point]:
+def _open_clip_points(tower: str, prefix: str, transformer: nn.Module, final: str, out: str) -> dict[str, Point]:
     """Opens the attention of an open_clip `Transformer` at `<prefix>transformer` and names its places."""
-    axes = () if transformer.batch_first else (_swap, _put_swapped)  # else sequence first inside the layers
-    points = {f"{tower}.embed": Point(f"{prefix}transformer.resblocks.0", "in", *axes)}
-    for layer, block in enumerate(transformer.resblocks):
+    for block in transformer.resblocks:
         OpenAttention.open(block.attn)
-        site, path = f"{tower}.{layer}", f"{prefix}transformer.resblocks.{layer}"
-        points |= {f"{site}.attn.{name}": Point(f"{path}.attn.{name}") for name in ATTENTION_SITES}
-        points[f"{site}.attn"] = Point(f"{path}.ls_1", "out", *axes)
-        points[f"{site}.mlp.hidden"] = Point(f"{path}.mlp.gelu", "out", *axes)
-        points[f"{site}.mlp"] = Point(f"{path}.ls_2", "out", *axes)
-        points[f"{site}.resid"] = Point(path, "out", *axes)
+    axes = () if transformer.batch_first else _SEQUENCE_FIRST
+    points = _layer_points(tower, f"{prefix}transformer.resblocks", transformer.resblocks, _OPEN_CLIP, axes)
     return points | {f"{tower}.final": Point(final), f"{tower}.out": Point(out)}
+
+
+def _layer_points(
+    tower: str, path: str, blocks: nn.ModuleList, layout: Mapping[str, str], axes: tuple = ()
+) -> dict[str, Point]:
+    points = {f"{tower}.embed": Point(f"{path}.0", "in", *axes)}
+    for layer in range(len(blocks)):
+        site, block = f"{tower}.{layer}", f"{path}.{layer}"
+        points |= {f"{site}.attn.{name}": Point(f"{block}.{layout['sites']}.{name}") for name in ATTENTION_SITES}
+        points[f"{site}.attn.heads"] = Point(f"{block}.{layout['O']}.heads")
+        points[f"{site}.attn"] = Point(f"{block}.{layout['attn']}", "out", *axes)
+        points[f"{site}.mlp.hidden"] = Point(f"{block}.{layout['out']}", "in", *axes)
+        points[f"{site}.mlp"] = Point(f"{block}.{layout['mlp']}", "out", *axes)
+        points[f"{site}.resid"] = Point(block, "out", *axes)
+    return points
 
 
 def _vision_tower(visual: nn.Module) -> Tower:
     blocks = visual.transformer.resblocks
     return Tower(
         blocks=blocks,
+        layout=_OPEN_CLIP,
         n_heads=blocks[0].attn.num_heads,
         width=blocks[0].attn.embed_dim,
         n_tokens=visual.positional_embedding.shape[0],
@@ -398,6 +624,7 @@ def _text_tower(text: nn.Module) -> Tower:
     pool, eos = ("text_pool_type", "text_eos_id") if hasattr(text, "text_pool_type") else ("pool_type", "eos_id")
     return Tower(
         blocks=blocks,
+        layout=_OPEN_CLIP,
         n_heads=blocks[0].attn.num_heads,
         width=blocks[0].attn.embed_dim,
         n_tokens=text.positional_embedding.shape[0],
@@ -410,8 +637,143 @@ def _text_tower(text: nn.Module) -> Tower:
     )
 
 
+# ---- language models, LLaVA, and CLIP and SigLIP in transformers ----
+
+_NAME = "mmfm_open"  # the opened attention in transformers' registry and in a model's config
+
+
+def _language_model(model: nn.Module) -> Anatomy:
+    points, tower = _decoder("model", model.model, model.lm_head)
+    return _opened(model, points, lm=tower)
+
+
+def _llava(model: nn.Module) -> Anatomy:
+    parts = model.model
+    vision_points, vision = _encoder("model.vision_tower", parts.vision_tower)
+    lm_points, lm = _decoder("model.language_model", parts.language_model, model.lm_head)
+    projector = "model.multi_modal_projector"
+    between = {"projector.hidden": Point(f"{projector}.act"), "projector": Point(projector)}
+    return _opened(model, vision_points | between | lm_points, vision=vision, lm=lm)
+
+
+def _clip_tower(model: nn.Module) -> Anatomy:
+    points, tower = _encoder("", model)
+    return _opened(model, points, **{"text" if tower.causal else "vision": tower})
+
+
+def _clip_projected(model: nn.Module) -> Anatomy:
+    name, out = ("vision", "visual_projection") if hasattr(model, "visual_projection") else ("text", "text_projection")
+    points, tower = _encoder(f"{name}_model", model.get_submodule(f"{name}_model"), model.get_submodule(out))
+    return _opened(model, points | {f"{name}.out": Point(out)}, **{name: tower})
+
+
+def _decoder(path: str, stack: nn.Module, head: nn.Linear) -> tuple[dict[str, Point], Tower]:
+    """The places and facts of a language model whose layers are in `stack`, at `path`."""
+    _require(type(stack).__name__ in ("LlamaModel", "MistralModel", "Qwen2Model"), f"the {type(stack).__name__}")
+    points = _layer_points("lm", f"{path}.layers", stack.layers, _LLAMA)
+    return points | {"lm.final": Point(f"{path}.norm"), "lm.logits": Point("lm_head")}, Tower(
+        blocks=stack.layers,
+        layout=_LLAMA,
+        n_heads=stack.config.num_attention_heads,
+        width=stack.config.hidden_size,
+        n_tokens=stack.config.max_position_embeddings,
+        grid=None,
+        causal=True,
+        ln_final=stack.norm,
+        pool="last",
+        eos_id=None,
+        proj=head,
+    )
+
+
+def _encoder(path: str, stack: nn.Module, proj: nn.Linear | None = None) -> tuple[dict[str, Point], Tower]:
+    """The places and facts of a tower of CLIP or SigLIP at `path`."""
+    kind, config, inside = type(stack).__name__, stack.config, f"{path}." if path else ""
+    _require(kind in ("CLIPTextModel", "CLIPVisionModel", "SiglipVisionModel"), f"the tower {kind}")
+    name = "text" if kind == "CLIPTextModel" else "vision"
+    norm = "final_layer_norm" if name == "text" else "post_layernorm"
+    eos = config.eos_token_id if name == "text" else None
+    # transformers takes the largest id for the end token where the config has the old, wrong 2
+    pool = {"CLIPTextModel": "argmax" if eos == 2 else "eos", "CLIPVisionModel": "tok"}.get(kind)
+    axes = _ONE_TOKEN if kind == "CLIPVisionModel" else ()  # it norms CLS alone
+    points = _layer_points(name, f"{inside}encoder.layers", stack.encoder.layers, _CLIP)
+    return points | {f"{name}.final": Point(f"{inside}{norm}", "out", *axes)}, Tower(
+        blocks=stack.encoder.layers,
+        layout=_CLIP,
+        n_heads=config.num_attention_heads,
+        width=config.hidden_size,
+        n_tokens=stack.embeddings.position_embedding.num_embeddings,
+        grid=None if name == "text" else (config.image_size // config.patch_size,) * 2,
+        causal=name == "text",
+        ln_final=stack.get_submodule(norm),
+        pool=pool,
+        eos_id=eos,
+        proj=proj,
+    )
+
+
+def _opened(model: nn.Module, points: dict[str, Point], **towers: Tower) -> Anatomy:
+    """Opens the attention of a transformers model: its layers get the places, its config the way through them."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # slow, and open_clip does without
+
+    layers = [(block, tower) for tower in towers.values() for block in tower.blocks]
+    for block, tower in layers:
+        kind = type(block.get_submodule(tower.layout["O"]))
+        _require(kind in (nn.Linear, OpenProjection), f"an output projection of the kind {kind.__name__}")
+    AttentionInterface.register(_NAME, partial(_attend, AttentionInterface()["sdpa"]))
+    AttentionMaskInterface.register(_NAME, partial(_may_attend, AttentionMaskInterface()["sdpa"]))
+    model.set_attn_implementation(_NAME)
+    for block, tower in layers:
+        if "pattern" not in block.self_attn._modules:
+            _expose(block.self_attn, *ATTENTION_SITES)
+            OpenProjection.open(block.get_submodule(tower.layout["O"]), tower.n_heads)
+    return Anatomy(model, points, towers)
+
+
+def _attend(
+    usual: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention as transformers calls it, on (batch, head, token, head_dim), each step through a site of `module`."""
+    if "pattern" not in module._modules:  # a model that was not opened, but shares the config of one that was
+        return usual(module, query, key, value, mask, **options)
+    # Contiguous, whatever an edit returns: how numbers lie in memory can decide the last bit of their product.
+    q, k, v = (
+        site(x.transpose(1, 2)).transpose(1, 2).contiguous()
+        for site, x in ((module.q, query), (module.k, key), (module.v, value))
+    )
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * options["scaling"]
+    if mask is not None:
+        if mask.dtype != torch.bool:  # made by the caller: to be added, its least number standing for -inf
+            scores, mask = scores + mask, mask > torch.finfo(mask.dtype).min
+        scores = scores.masked_fill(~mask, -torch.inf)
+    scores = module.scores(scores)
+    pattern = module.pattern(scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(q.dtype))
+    mixed = F.dropout(pattern, options.get("dropout", 0.0), module.training) @ v
+    return module.z(mixed.transpose(1, 2)), pattern
+
+
+def _may_attend(usual: Callable[..., Any], *args: Any, **options: Any) -> Tensor | None:
+    """(batch, 1, query, key), true where a query may attend: as usual, and to itself where that leaves nothing."""
+    mask = usual(*args, **options | {"allow_is_causal_skip": False})
+    if mask is None:
+        return None
+    itself = torch.eye(*mask.shape[-2:], dtype=torch.bool, device=mask.device)
+    return mask | (itself & ~mask.any(-1, keepdim=True))
+
+
 _BUILDERS: dict[str, Callable[[nn.Module], Anatomy]] = {
     "open_clip.model.CLIP": _contrastive,
     "open_clip.model.CustomTextCLIP": _contrastive,
     "open_clip.transformer.VisionTransformer": _vision_only,
+    "transformers.models.llama.modeling_llama.LlamaForCausalLM": _language_model,
+    "transformers.models.mistral.modeling_mistral.MistralForCausalLM": _language_model,
+    "transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM": _language_model,
+    "transformers.models.llava.modeling_llava.LlavaForConditionalGeneration": _llava,
+    "transformers.models.clip.modeling_clip.CLIPTextModel": _clip_tower,
+    "transformers.models.clip.modeling_clip.CLIPTextModelWithProjection": _clip_projected,
+    "transformers.models.clip.modeling_clip.CLIPVisionModel": _clip_tower,
+    "transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection": _clip_projected,
+    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": _clip_tower,
 }

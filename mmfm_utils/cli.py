@@ -91,7 +91,7 @@ def doctor(args) -> int:
     for name, value in (lines | runner.versions()).items():
         say(f"  {name:<16} {value}")
     inventory = models.inventory()
-    line = "  {:<12} {:<10} {:<24} {:<11} {:>8}  {}"
+    line = "  {:<12} {:<10} {:<26} {:<11} {:>8}  {}"
     say("\n" + line.format("family", "profile", "model", "state", "MB", "where, or what to do"))
     for row in inventory:
         size = f"{row['bytes'] / 1e6:.1f}"

@@ -11,7 +11,7 @@ A *site* is the name of a place, for example `vision.3.attn`. The names come fro
 
 Hooks live exactly as long as their `with` block, whatever ends it (the idea of ROME's `nethook`, Meng et al. 2022,
 arXiv 2202.05262). Contexts act on a tensor in the order in which they were opened: a `record` opened inside an `edit`
-sees the edited value, one opened around it sees the value before.
+sees the edited value, one opened around it sees the value before. Hooks of others at the same module come after them.
 """
 
 import difflib
@@ -215,7 +215,12 @@ def _place(module: nn.Module, site: str, point: Point, step: Step, fired: set[st
     hook.site = site
     if point.side == "in":
         return module.register_forward_pre_hook(hook, with_kwargs=True)
-    return module.register_forward_hook(hook)
+    handle = module.register_forward_hook(hook)
+    # Whoever else listens here is given the edited tensor: transformers collects by hooks the states that LLaVA reads.
+    for key, other in list(module._forward_hooks.items()):
+        if not hasattr(other, "site"):
+            module._forward_hooks.move_to_end(key)
+    return handle
 
 
 def _listed(names: list[str]) -> str:

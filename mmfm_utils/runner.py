@@ -355,11 +355,13 @@ def source_hash(nb) -> str:
 def weights_hash(nb) -> str:
     """Of the embedded weights of the families in the notebook's metadata (`mmfm: {families: [...]}`), or of all.
 
-    A notebook lists every family whose files it reads, also where one model is built from two of them.
+    A notebook lists every family whose files it reads, also where one model is built from two of them. A family's
+    further models lie in folders beside its own: language, language_half.
     """
     models = findings.root() / "data" / "models"
     families = nb.metadata.get("mmfm", {}).get("families", []) or [""]
-    return _hash([[family, _tree(models / family, "*.safetensors")] for family in families])
+    folders = [name for family in families for name in (family, *sorted(p.name for p in models.glob(f"{family}_*")))]
+    return _hash([[folder, _tree(models / folder, "*.safetensors")] for folder in folders])
 
 
 def stamp(nb, profile: str = "tiny") -> dict:

@@ -282,6 +282,18 @@ def test_profiles(world, quick):
         world.run("02", profile="rehearsal")
 
 
+def test_a_familys_further_models_belong_to_its_weights(world):
+    folder = world.folder / "data/models"
+    for name in ("language", "language_half", "contrastive"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_text(name)
+    notebooks = [new_notebook(metadata={"mmfm": {"families": [name]}}) for name in ("language", "contrastive")]
+    before = [runner.weights_hash(nb) for nb in notebooks]
+    (folder / "language_half/model.safetensors").write_text("trained for longer")
+    after = [runner.weights_hash(nb) for nb in notebooks]
+    assert before[0] != after[0] and before[1] == after[1]
+
+
 def test_write(world, monkeypatch):
     """The reference run lands in the notebook and in data/expected; any change of the source outdates it."""
     view = "from IPython.display import display\ndisplay({'application/vnd.jupyter.widget-view+json': {}}, raw=True)"
