@@ -117,6 +117,7 @@ def explore(draw: Callable[..., Figure], **controls: widgets.Widget) -> None:
             display(figure)
         plt.close(figure)
 
-    for control in controls.values():
+    for name, control in controls.items():
+        control.description = control.description or name
         control.observe(redraw, names="value")
     display(widgets.VBox([widgets.HBox(list(controls.values())), place]))

@@ -61,6 +61,7 @@ def test_a_widget_has_a_static_twin_and_follows_its_controls(monkeypatch):
 
     control = IntSlider(3, 0, 9)
     plots.explore(draw, layer=control)
+    assert control.description == "layer"  # or the reader would not know what it moves
     assert asked == [3] and isinstance(displayed[0], plt.Figure)  # the twin, before anything is touched
     control.value = 7
     assert asked == [3, 7] and len(displayed) == 3
