@@ -37,7 +37,7 @@ def parser() -> Parser:
     command.add_argument("-p", dest="parameters", action="append", default=[], metavar="parameter=value")
     command.add_argument("--profile", choices=findings.PROFILES, default="tiny")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    command.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at once; they share the cores")
+    command.add_argument("--jobs", type=int, metavar="N", help="notebooks at once (else one a core, four at most)")
     command.add_argument("--executor", default="local", metavar="local|dask://HOST:PORT")
     command.add_argument("--resume", action="store_true", help="keep results that succeeded and are still current")
     command.add_argument("--results", metavar="DIR", help="instead of results/; the profile's folder is made in it")
@@ -54,6 +54,8 @@ def parser() -> Parser:
 
 def run(args) -> int:
     options = {key: value for key, value in vars(args).items() if key not in ("command", "call")}
+    if options["jobs"] is None:
+        options["jobs"] = runner.usual_jobs(args.profile, args.write)
     return runner.run(**options)
 
 

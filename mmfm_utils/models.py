@@ -39,7 +39,7 @@ FAMILIES = ("contrastive", "language", "generative")
 # The folders of each family's embedded models, by the name that picks them; "" is the one loaded without a name.
 EMBEDDED = {
     "contrastive": {"": "contrastive"},
-    "language": {"": "language"},
+    "language": {"": "language", "half": "language_half"},
     "generative": {"": "generative"},
 }
 CARD = ("name", "library", "held_out", "chance", "licence", "files")  # what a card must hold

@@ -209,8 +209,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def usual_jobs(profile: str, write: bool) -> int:
+    """How many notebooks run at once unless told otherwise: one a core where models are tiny, as far as memory goes
+    (3 GB each), but four at most; one where models are large, and where times are to be committed."""
+    if profile != "tiny" or write:
+        return 1
+    return max(1, min(4, cores(), int(psutil.virtual_memory().available / 3e9)))
+
+
 def _environment(task: dict, folder: str) -> dict:
-    threads = max(1, min(cores() // task["jobs"], int(os.environ.get("OMP_NUM_THREADS") or cores())))
+    share = 1 if task["profile"] == "tiny" else cores() // task["jobs"]  # more threads slow tiny models down
+    threads = max(1, min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
     pools = dict.fromkeys((f"{pool}_NUM_THREADS" for pool in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")), str(threads))
     path = filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])
     fixed = {

@@ -454,7 +454,8 @@ def _noun_phrase(item: Item, mention: set[str], named: bool) -> str:
     return phrase(item.name, *size, *colour)
 
 
-def _place(item: Item) -> str:
+def place(item: Item) -> str:
+    """Where an object is, as captions say it: "at the top left", "in the middle"."""
     return "in the middle" if item.position == "middle" else f"at the {item.position}"
 
 
@@ -471,7 +472,7 @@ def caption(scene: Scene, mention: Sequence[str] = ATTRIBUTES, template: int = 0
     if not nouns:
         core = "nothing"
     elif len(nouns) == 1:
-        core = nouns[0] + (f" {_place(scene.items[0])}" if "position" in mention else "")
+        core = nouns[0] + (f" {place(scene.items[0])}" if "position" in mention else "")
     elif len(nouns) == 2 and "relation" in mention:
         core = f"{nouns[0]} {scene.relation} {nouns[1]}"
     else:

@@ -33,12 +33,13 @@ SHIPPED = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_conf
 LONGEST = 512  # tokens a text
 ROW, BATCH, PARTS = 128, 32, 4  # tokens a row, rows a step, in how many parts they are computed
 SEEDS = {"language": 0, "language_half": 1}
-STEPS = {"language": 3000, "language_half": 3000}
+STEPS = {"language": 3000, "language_half": 1800}
 WARM_UP, DECAY = 100, 0.4
 # From which step on: the share of documents of each kind, the most questions to a described scene, the weight of what
 # is no answer in the loss, and the kinds of questions that come first. Facts and tasks are learned within 400 steps. To
 # answer from a description is not: by step 1500 half the kinds of question were learned, most of the loss being
-# descriptions, which nobody can foresee; by step 2300 all but those that ask which of several objects has what.
+# descriptions, which nobody can foresee; by step 2300 all but those that ask which of several objects has what. The
+# half-size model goes through the same phases in proportion.
 PHASES = (
     (0, {"scene": 0.35, "caption": 0.1, "fact": 0.25, "episode": 0.3}, 5, 1.0, ()),
     (400, {"scene": 0.6, "caption": 0.05, "fact": 0.15, "episode": 0.2}, 5, 1.0, ()),
@@ -69,13 +70,14 @@ def config(name: str) -> LlamaConfig:
     )  # fmt: skip
 
 
-def batch_at(step: int, part: int, tokenizer, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_at(name: str, step: int, part: int, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and their weights in the loss, (row, 128) each, of a part of a step: a function of both numbers.
 
     Documents follow each other, <start> ... <end>; each row begins with a whole one.
     """
-    rng = np.random.default_rng([seed, step, part])
-    _, shares, turns, other, first = [phase for phase in PHASES if phase[0] <= step][-1]
+    rng = np.random.default_rng([SEEDS[name], step, part])
+    at = step * STEPS["language"] / STEPS[name]
+    _, shares, turns, other, first = [phase for phase in PHASES if phase[0] <= at][-1]
     ids: list[int] = []
     rows: list[list[int]] = []
     while len(rows) < BATCH // PARTS:
@@ -96,8 +98,7 @@ def batch_at(step: int, part: int, tokenizer, seed: int) -> tuple[torch.Tensor, 
 
 
 def train(name: str, device: str, steps: int, helpers: int) -> None:
-    seed = SEEDS[name]
-    torch.manual_seed(seed)
+    torch.manual_seed(SEEDS[name])
     tokenizer = load_tokenizer()
     model = LlamaForCausalLM._from_config(config(name), attn_implementation=training.attention(device)).to(device)
     opts = training.optimisers(model, blocks=".layers.")
@@ -105,7 +106,7 @@ def train(name: str, device: str, steps: int, helpers: int) -> None:
     step, seconds, _ = training.restore(path, model, opts)
 
     def loss_of(step: int, part: int) -> torch.Tensor:
-        ids, weights = (x.to(device) for x in batch_at(step, part, tokenizer, seed))
+        ids, weights = (x.to(device) for x in batch_at(name, step, part, tokenizer))
         with training.precision(device):
             logits = model(ids).logits[:, :-1]  # (row, token, vocabulary)
         losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
