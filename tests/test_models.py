@@ -788,7 +788,7 @@ def test_questions_follow_the_weights_of_their_kinds(llava_recipe):
         assert len({question.text for question in chosen}) == len(chosen) <= llava_recipe.TURNS
         asked += chosen
     kinds = [question.kind for question in asked]
-    assert kinds.count("place") > 3 * kinds.count("count") and set(kinds) <= set(llava_recipe.ASKED)
+    assert kinds.count("position") > 3 * kinds.count("count") and set(kinds) <= set(llava_recipe.ASKED)
     answers = [question.answer for question in asked if question.kind == "presence"]
     assert 0.35 < answers.count("yes") / len(answers) < 0.75
 
