@@ -351,8 +351,8 @@ WRITERS = {
     "language": {"facts": 0.9, "qa": 0.8, "icl_category": 0.9, "icl_usual_colour": 0.9, "icl_plural": 0.9},
     "language_half": {"facts": 0.85, "qa": 0.7, "icl_category": 0.85},
     "generative": {
-        "this_object": 0.85, "this_colour": 0.85, "presence": 0.8, "ground": 0.9, "facts": 0.8, "caption_f1": 0.8,
-        "knowledge_new": 0.5, "image_icl": 0.5,
+        "this_object": 0.85, "this_colour": 0.85, "presence": 0.85, "ground": 0.9, "facts": 0.9, "caption_f1": 0.8,
+        "count": 0.9, "image_icl": 0.8, "colour": 0.9, "style": 0.9, "position": 0.75,
     },
 }  # fmt: skip
 
