@@ -158,7 +158,7 @@ with torch.no_grad(), edit(model.anatomy, cut):
         ),
         (
             "weights set to zero behind the softmax",
-            r"rows must still sum to 1",
+            r"rows must still sum to 1|block before the softmax",
             """
 link = queries[:, None, :, None] & keys[:, None, None, :]
 cut = {f"lm.{layer}.attn.pattern": lambda pattern: pattern.masked_fill(link, 0.0) for layer in layers}

@@ -48,7 +48,7 @@ SHIPPED = (
 )  # fmt: skip
 SEED = 0
 BATCH, PARTS = 32, 4  # pictures a step, in how many parts they are computed
-STEPS = 4000
+STEPS = 5700
 PROJECTOR_ALONE = 300  # steps in which only the projector learns
 EPISODES_FROM = 0.5  # share of training after which every 8th step is one of in-context episodes over pictures
 TEXT_EVERY, EPISODES_EVERY = 8, 8
