@@ -253,11 +253,11 @@ def blank(task: dict, *problems: str) -> dict:
 def execute(task: dict) -> dict:
     """Execute one notebook and say what went wrong. A function of plain data, so that any executor can run it.
 
-    The task holds name, notebook (its JSON text), folder, parameters, profile, key, jobs and cell_timeout; the result
-    holds what `blank` lists, with the executed notebook as JSON text, "" if nothing ran.
+    The task holds name, notebook (its JSON text), problems (of its source), folder, parameters, profile, key, jobs and
+    cell_timeout; the result holds what `blank` lists, with the executed notebook as JSON text, "" if nothing ran.
     """
     begun, nb = time.perf_counter(), nbformat.reads(task["notebook"], as_version=4)
-    result = blank(task, *check_source(nb, task["parameters"])) | {"versions": versions()}
+    result = blank(task, *task["problems"]) | {"versions": versions()}
     if not result["problems"]:
         with tempfile.TemporaryDirectory(prefix="mmfm-") as folder:
             result |= _execute(nb, task, folder)
@@ -449,6 +449,7 @@ def make_task(path: Path, given, profile: str, device: str, jobs: int, cell_time
         "profiles": list(nb.metadata.get("mmfm", {}).get("profiles", findings.PROFILES)),
         "profile": profile,
         "parameters": parameters,
+        "problems": check_source(nb, parameters),  # here, because threads of Python 3.11 cannot parse at the same time
         "compared": not given,  # with other parameters the committed values say nothing
         "key": result_key(nb, parameters),
         "jobs": jobs,
@@ -632,11 +633,11 @@ def finish(folder: Path, task: dict, result: dict, write: bool, note: str = "") 
 
 
 def _with_palette(png: str) -> str:
-    """A PNG, base64, in 256 colours: a third of the size, and hard to tell apart."""
+    """A PNG, base64, in 256 colours that cover all of its own, the rare ones too: a third of the size."""
     picture = Image.open(io.BytesIO(base64.b64decode(png)))
     small = io.BytesIO()
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
-    flat.quantize(256, dither=Image.Dither.NONE).save(
+    flat.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
         small, "PNG", optimize=True, dpi=picture.info.get("dpi", (72, 72))
     )
     return base64.b64encode(small.getvalue()).decode()
