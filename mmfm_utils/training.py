@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -42,11 +44,16 @@ AttentionInterface.register("plain", plain_attention)
 AttentionMaskInterface.register("plain", eager_mask)
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon in float32, matrices of one shape in one batched product.
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", for a CPU.
 
-    torch's own works in bfloat16, which on a CPU that does not compute in it takes longer than the rest of the step.
+    Matrices of one shape are one batched product, in float32 where bfloat16 is only emulated (torch's own would take
+    longer there than the rest of the step), and kernels of convolutions may be among them: (out, in * row * column).
     """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        newton_schulz = dict(ns_coefficients=(3.4445, -4.775, 2.0315), eps=1e-7, ns_steps=5)
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, **newton_schulz))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -55,37 +62,39 @@ class Muon(torch.optim.Muon):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), ps in shapes.items():
+            for shape, ps in shapes.items():
                 moments = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in ps]
                 torch._foreach_lerp_(moments, [p.grad for p in ps], 1 - group["momentum"])
-                updates = torch.stack(torch._foreach_lerp([p.grad for p in ps], moments, group["momentum"]))
-                rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5  # adjust_lr_fn="match_rms_adamw"
+                updates = torch.stack(torch._foreach_lerp([p.grad for p in ps], moments, group["momentum"])).flatten(2)
+                rate = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(_orthogonal(updates, group)), alpha=-rate)
+                updates = _orthogonal(updates, group, torch.bfloat16 if half(ps[0].device.type) else torch.float32)
+                torch._foreach_add_(ps, list(updates.unflatten(2, shape[1:])), alpha=-rate)
 
 
-def _orthogonal(x: Tensor, group: dict) -> Tensor:
+def _orthogonal(x: Tensor, group: dict, number: torch.dtype) -> Tensor:
     """Newton-Schulz iteration: (matrix, row, column) with all singular values brought near 1."""
     a, b, c = group["ns_coefficients"]
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    kept = x.dtype
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])).to(number)
     for _ in range(group["ns_steps"]):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(kept)
 
 
 def optimisers(
     model: nn.Module, blocks: str, muon_rate: float = 2e-3, adam_rate: float = 1e-3
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the trainable matrices whose names contain `blocks`, AdamW for every other trainable parameter.
+    """Muon for the trainable matrices, and kernels of convolutions, whose names contain `blocks`; AdamW for the rest.
 
     Each group keeps its rate as `peak`, for `set_rate`.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trainable if blocks in name and p.ndim == 2]
-    rest = [p for name, p in trainable if not (blocks in name and p.ndim == 2)]
+    matrices = [p for name, p in trainable if blocks in name and p.ndim >= 2]
+    rest = [p for name, p in trainable if not (blocks in name and p.ndim >= 2)]
     decayed, plain = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
     opts: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
@@ -188,6 +197,44 @@ class Crew:
             pipe.send((losses, touched))
 
 
+def run(
+    model: nn.Module,
+    opts: list[torch.optim.Optimizer],
+    loss_of: Callable[[int, int], Tensor],
+    parts: int,
+    path: Path,
+    steps: int,
+    warm_up_and_decay: tuple[int, float],
+    helpers: int,
+    kept: nn.Module | None = None,
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train to `steps`, going on from the checkpoint at `path`, with a new one every 100 steps and a progress bar.
+
+    The checkpoint holds `kept` (the model, if left out). `helpers` are further processes, on a CPU; `after(step)` is
+    called with the number of steps done. Interrupting loses what was done since the last checkpoint.
+    """
+    kept = model if kept is None else kept
+    step, seconds, _ = restore(path, kept, opts)
+    crew = Crew(model, loss_of, parts, helpers if next(model.parameters()).device.type == "cpu" else 0)
+    bar = tqdm(total=steps, initial=step, unit="step", mininterval=10)
+    began, losses = time.time(), []
+    while step < steps:
+        set_rate(opts, schedule(step, steps, *warm_up_and_decay))
+        losses = [*losses[-100 * parts :], *crew.step(step)]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in opts:
+            optimiser.step()
+        step += 1
+        after(step)
+        bar.update()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
+        if step % 100 == 0 or step == steps:
+            save(path, kept, opts, step, seconds + time.time() - began)
+    bar.close()
+
+
 def schedule(step: int, steps: int, warm_up: int, decay: float) -> float:
     """Warm-up over `warm_up` steps, plateau at 1, linear fall to zero over the last share `decay` of training."""
     return min(1.0, (step + 0.5) / warm_up, (1 - (step + 0.5) / steps) / decay)
@@ -243,6 +290,29 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
             kept[name] = tensor
         seen.add(tensor.data_ptr())
     return kept
+
+
+def from_open_clip(clip: dict[str, Tensor], blocks: str, outside: dict[str, str]) -> dict[str, Tensor]:
+    """The weights of a tower of open_clip under transformers' names, float32.
+
+    `blocks` is how the names of the tower's layers begin; `outside` maps the names of what is not in a layer.
+    """
+    inside = {
+        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }  # fmt: skip
+    out = {ours: clip[theirs].float() for theirs, ours in outside.items()}
+    for name, tensor in clip.items():
+        if not name.startswith(blocks):
+            continue
+        layer, part = name.removeprefix(blocks).split(".", 1)
+        part, _, kind = part.replace("in_proj_", "in_proj.").rpartition(".")
+        if part == "attn.in_proj":
+            for letter, piece in zip("qkv", tensor.float().chunk(3), strict=True):
+                out[f"encoder.layers.{layer}.self_attn.{letter}_proj.{kind}"] = piece
+        else:
+            out[f"encoder.layers.{layer}.{inside[part]}.{kind}"] = tensor.float()
+    return out
 
 
 @torch.no_grad()

@@ -46,6 +46,20 @@ def test_muon_follows_torchs():
         assert (a - b).norm() < 0.03 * (b - before).norm()
 
 
+def test_muon_takes_a_kernel_for_the_matrix_that_it_is():
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    opts = [training.Muon([p], lr=2e-3, weight_decay=0.05) for p in (kernel, matrix)]
+    before = matrix.detach().clone()
+    for _ in range(3):
+        kernel.grad = torch.randn_like(kernel)
+        matrix.grad = kernel.grad.flatten(1).clone()
+        for optimiser in opts:
+            optimiser.step()
+    assert torch.allclose(kernel.flatten(1), matrix, atol=1e-6) and not torch.allclose(matrix, before, atol=1e-4)
+
+
 def test_a_checkpoint_brings_everything_back(tmp_path):
     model = small()
     opts = training.optimisers(model, blocks=".layers.")

@@ -102,31 +102,14 @@ def build() -> LlavaForConditionalGeneration:
 
 def vision_weights(clip: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of open_clip's vision tower under the names of transformers' CLIPVisionModel."""
-    names = {
+    outside = {
         "visual.class_embedding": "embeddings.class_embedding",
         "visual.positional_embedding": "embeddings.position_embedding.weight",
         "visual.conv1.weight": "embeddings.patch_embedding.weight",
     }
-    inside = {
-        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-        "attn.out_proj": "self_attn.out_proj",
-    }  # fmt: skip
-    out = {}
-    for name, tensor in clip.items():
-        tensor = tensor.float()
-        if name in names:
-            out[names[name]] = tensor
-        elif name.startswith(("visual.ln_pre", "visual.ln_post")):
-            out[name.replace("visual.ln_pre", "pre_layrnorm").replace("visual.ln_post", "post_layernorm")] = tensor
-        elif name.startswith("visual.transformer.resblocks."):
-            layer, part = name.removeprefix("visual.transformer.resblocks.").split(".", 1)
-            part, _, kind = part.replace("in_proj_", "in_proj.").rpartition(".")
-            if part == "attn.in_proj":
-                for letter, piece in zip("qkv", tensor.chunk(3), strict=True):
-                    out[f"encoder.layers.{layer}.self_attn.{letter}_proj.{kind}"] = piece
-            else:
-                out[f"encoder.layers.{layer}.{inside[part]}.{kind}"] = tensor
-    return out
+    for theirs, ours in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
+        outside |= {f"visual.{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
+    return training.from_open_clip(clip, "visual.transformer.resblocks.", outside)
 
 
 def processor() -> LlavaProcessor:
