@@ -33,14 +33,29 @@ all else the new tokens alone. Padding attends to itself where nothing else is l
 In transformers' CLIP, vision.final is the norm of CLS alone: one token. LLaVA reads the stream after an earlier layer
 (`vision_feature_layer`); the vision sites beyond fire and change nothing.
 
+A text-to-image pipeline has the tower `text`, whose `text.final` is what the U-Net reads, and in the U-Net, for every
+place P in the order of the forward pass (`down.0.0` is the first of block `down.0`, then `mid.0`, `up.0.0` ...):
+
+    unet.P.res         (batch, channel, row, column)  after the residual block of convolutions
+    unet.P.self        (batch, position, channel)     what self-attention adds; unet.P.self.q ... .heads as above
+    unet.P.cross       (batch, position, channel)     what cross-attention adds; the keys of unet.P.cross.pattern are
+                                                      the prompt's tokens
+    unet.P.mlp         (batch, position, channel)     and the MLP; unet.P.mlp.hidden as above
+    unet.P.resid       (batch, channel, row, column)  after the transformer of P
+    unet.B.resample    (batch, channel, row, column)  where block B changes the resolution
+    unet.embed, unet.out                              after the first convolution; what the U-Net predicts
+
+Positions are row by row. A sampler runs the U-Net once a step: `hooks.record(every=True)` keeps all of them, and
+`hooks.edit(passes=...)` acts in some. Guidance runs two halves in one batch, the empty prompt first: see `conditional`.
+
 A further family is a further function in `_BUILDERS`, with its own site names over the same words.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -302,11 +317,12 @@ class Anatomy:
     towers: Mapping[str, Tower]
 
 
-def of(model: nn.Module) -> Anatomy:
+def of(model: Any) -> Anatomy:
     """The anatomy of a model; opens its attention layers in place, once (its outputs and state dict stay the same).
 
     Knows open_clip's `CLIP`, `CustomTextCLIP` and `VisionTransformer` with standard layers, and of transformers CLIP's
-    and SigLIP's towers, the language models Llama, Mistral and Qwen2, and `LlavaForConditionalGeneration` made of them.
+    and SigLIP's towers, the language models Llama, Mistral and Qwen2, and `LlavaForConditionalGeneration` made of them;
+    of diffusers `StableDiffusionPipeline`, whose `module` is then a dictionary of its text encoder, U-Net and decoder.
     In transformers the config says how attention is computed, so it now names the opened way; other models that share
     it are computed as before. Raises `UsageError` for a class or variant that it does not know, and then leaves the
     model as it was.
@@ -476,6 +492,21 @@ def _chosen(tokens: Any, scores: Tensor, n: int) -> Tensor:
         tokens = tokens.long()  # an empty list has none
     chosen[:, tokens] = True
     return chosen
+
+
+def conditional(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function for `hooks.edit`, acting on the conditional half of a guided batch and on nothing else.
+
+    Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) runs the empty prompt and the prompt as one batch,
+    (2 * picture, ...), the empty one first: `unconditional, conditional = tensor.chunk(2)`.
+    """
+
+    @wraps(change)  # it takes as many arguments as `change`
+    def half(tensor: Tensor, *site: str) -> Tensor:
+        without, told = tensor.chunk(2)
+        return torch.cat([without, change(told, *site)])
+
+    return half
 
 
 class _Pass(nn.Module):
@@ -763,7 +794,92 @@ def _may_attend(usual: Callable[..., Any], *args: Any, **options: Any) -> Tensor
     return mask | (itself & ~mask.any(-1, keepdim=True))
 
 
-_BUILDERS: dict[str, Callable[[nn.Module], Anatomy]] = {
+# ---- text-to-image models: diffusers ----
+
+
+def _text_to_image(pipeline: Any) -> Anatomy:
+    unet = pipeline.unet
+    _require(type(unet).__name__ == "UNet2DConditionModel", f"the denoiser {type(unet).__name__}")
+    places = _unet_places(unet)
+    for _, _, transformer in places:
+        if transformer is not None:
+            _check_unet(unet.get_submodule(transformer))
+    text = of(pipeline.text_encoder)
+    points = {site: replace(point, module=f"text_encoder.{point.module}") for site, point in text.points.items()}
+    points["unet.embed"] = Point("unet.conv_in")
+    for site, res, transformer in places:
+        points[site if site.endswith("resample") else f"{site}.res"] = Point(f"unet.{res}")
+        if transformer is None:
+            continue
+        block = f"{transformer}.transformer_blocks.0"
+        for name, inside in (("self", "attn1"), ("cross", "attn2")):
+            attention, path = unet.get_submodule(f"{block}.{inside}"), f"unet.{block}.{inside}"
+            if not isinstance(attention.processor, _OpenProcessor):
+                _expose(attention, *ATTENTION_SITES)
+                OpenProjection.open(attention.to_out[0], attention.heads)
+                attention.set_processor(_OpenProcessor())
+            points |= {f"{site}.{name}.{part}": Point(f"{path}.{part}") for part in ATTENTION_SITES}
+            points |= {f"{site}.{name}.heads": Point(f"{path}.to_out.0.heads"), f"{site}.{name}": Point(path)}
+        points |= {
+            f"{site}.mlp.hidden": Point(f"unet.{block}.ff.net.2", "in"),
+            f"{site}.mlp": Point(f"unet.{block}.ff"),
+        }
+        points[f"{site}.resid"] = Point(f"unet.{transformer}")
+    points["unet.out"] = Point("unet.conv_out")
+    parts = {"text_encoder": pipeline.text_encoder, "unet": unet, "vae": pipeline.vae}
+    return Anatomy(nn.ModuleDict(parts), points, text.towers)
+
+
+def _unet_places(unet: nn.Module) -> list[tuple[str, str, str | None]]:
+    """(site, path of the convolutions, path of the transformer or None), in the order of the forward pass."""
+    blocks = [*((f"down.{i}", f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks))]
+    blocks += [("mid", "mid_block", unet.mid_block)]
+    blocks += [*((f"up.{i}", f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks))]
+    places = []
+    for name, path, block in blocks:
+        transformers = getattr(block, "attentions", ())
+        for i in range(len(block.resnets)):
+            transformer = f"{path}.attentions.{i}" if i < len(transformers) else None
+            places.append((f"unet.{name}.{i}", f"{path}.resnets.{i}", transformer))
+        for kind in ("downsamplers", "upsamplers"):
+            if getattr(block, kind, None):
+                places.append((f"unet.{name}.resample", f"{path}.{kind}.0", None))
+    return places
+
+
+def _check_unet(transformer: nn.Module) -> None:
+    _require(len(transformer.transformer_blocks) == 1, "a U-Net with several transformer layers in one place")
+    block = transformer.transformer_blocks[0]
+    for attention in (block.attn1, block.attn2):
+        kinds = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj", "residual_connection")
+        plain = not any(getattr(attention, kind, None) for kind in kinds) and attention.rescale_output_factor == 1
+        _require(plain and isinstance(attention.to_out[0], nn.Linear), "a U-Net whose attention is not the plain one")
+
+
+class _OpenProcessor:
+    """How diffusers computes an attention layer, each step through a site of the layer."""
+
+    def __call__(
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, **_unused: Any,
+    ) -> Tensor:  # fmt: skip
+        if attention_mask is not None:
+            raise NotImplementedError("an opened U-Net takes no attention mask: put it into the scores by an edit")
+        told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            site(linear(x).unflatten(-1, (attn.heads, -1)))  # (batch, token, head, head_dim)
+            for site, linear, x in (
+                (attn.q, attn.to_q, hidden_states), (attn.k, attn.to_k, told), (attn.v, attn.to_v, told),
+            )
+        )  # fmt: skip
+        scores = attn.scores(torch.einsum("bqhd,bkhd->bhqk", q * attn.scale, k))
+        pattern = attn.pattern(scores.softmax(-1))
+        mixed = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+        return attn.to_out[1](attn.to_out[0](attn.z(mixed).flatten(2)))
+
+
+_BUILDERS: dict[str, Callable[[Any], Anatomy]] = {
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.StableDiffusionPipeline": _text_to_image,
     "open_clip.model.CLIP": _contrastive,
     "open_clip.model.CustomTextCLIP": _contrastive,
     "open_clip.transformer.VisionTransformer": _vision_only,

@@ -16,7 +16,8 @@ sees the edited value, one opened around it sees the value before. Hooks of othe
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -119,34 +120,47 @@ def record(
 
 
 @contextmanager
-def edit(model: Any, changes: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+def edit(
+    model: Any, changes: Mapping[str, Callable[..., Tensor]], passes: Container[int] | None = None
+) -> Iterator[None]:
     """Replace the tensors at sites by what a function makes of them: {site: function(tensor) -> tensor}.
 
     A function with two required arguments is called as `function(tensor, site)`: useful with wildcards, and in loops,
     where a closure over the loop variable would see only its last value. It is handed a copy, so that it may work in
     place, and must return a tensor of the same shape and dtype. Where several names meet at one site, their functions
-    act in the order given. `model` is as for `record`.
+    act in the order given. `model` is as for `record`. With `passes` they act only then: a site's passes are counted
+    from 0 since the context was opened (a sampler's steps).
 
     Raises `UsageError` on entry if a name is not known, during the pass if a function returns anything else, and on
-    leaving if a site was never reached.
+    leaving if a site was never reached, or in none of the `passes`.
     """
-    pairs = []
+    pairs, counts = [], {}
     for pattern, function in changes.items():
         if not callable(function):
             raise UsageError(f"edit at {pattern} takes a function(tensor) -> tensor, not {type(function).__name__}")
-        pairs += [(site, _checked(function)) for site in resolve(model, pattern)]
+        pairs += [(site, _checked(function, passes, counts)) for site in resolve(model, pattern)]
     with _attached(model, "edit", pairs):
         yield
+    for site, n in counts.items():
+        if passes is not None and not any(index in passes for index in range(n)):
+            raise UsageError(f"edit acted in no pass: {site} was reached {n} times, counted from 0, never in {passes}")
 
 
-def _checked(function: Callable[..., Tensor]) -> Callable[[Tensor, str], Tensor]:
+def _checked(
+    function: Callable[..., Tensor], passes: Container[int] | None, counts: dict[str, int]
+) -> Callable[[Tensor, str], Tensor | None]:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):  # functions written in C, such as torch.zeros_like, do not tell their signature
         parameters = ()
     required = [p for p in parameters if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
+    seen = itertools.count()  # of one site: each gets a function of its own
 
-    def change(tensor: Tensor, site: str) -> Tensor:
+    def change(tensor: Tensor, site: str) -> Tensor | None:
+        index = next(seen)
+        counts[site] = index + 1
+        if passes is not None and index not in passes:
+            return None
         new = function(tensor.clone(), site) if len(required) > 1 else function(tensor.clone())
         if not isinstance(new, Tensor):
             raise UsageError(f"edit at {site} returned {type(new).__name__}; it must return the tensor to go on with")

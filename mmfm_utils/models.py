@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
@@ -27,6 +29,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
     GenerationConfig,
     LlavaProcessor,
 )
@@ -35,15 +39,25 @@ from transformers.utils import logging as transformers_logging
 from . import UsageError, anatomy, scenes, texts
 
 FOLDER = Path(__file__).parent.parent / "data" / "models"
-FAMILIES = ("contrastive", "language", "generative")
+FAMILIES = ("contrastive", "language", "generative", "diffusion")
 # The folders of each family's embedded models, by the name that picks them; "" is the one loaded without a name.
 EMBEDDED = {
     "contrastive": {"": "contrastive"},
     "language": {"": "language", "half": "language_half"},
     "generative": {"": "generative"},
+    "diffusion": {"": "diffusion"},
 }
+# What the notebooks of a family read besides: the oracle that judges what is painted.
+BESIDE = {"diffusion": ("diffusion_oracle",)}
 CARD = ("name", "library", "held_out", "chance", "licence", "files")  # what a card must hold
-SEEN = ("pairs_seen", "tokens_seen", "pictures_seen", "steps", "pictures_a_step")  # how much training, in its words
+SEEN = (
+    "pairs_seen",
+    "tokens_seen",
+    "pictures_seen",
+    "steps",
+    "pictures_a_step",
+    "trained_on",
+)  # how much training, in its words
 PROFILES = ("tiny", "rehearsal", "hub")
 IMAGE = "<image>"  # stands in a prompt for a picture
 
@@ -53,7 +67,7 @@ class Release:
     """A released model: its hub repository, the files needed, what they weigh, and the licence.
 
     An index among the files stands for itself and for the shards that it names. `config` is the architecture in
-    transformers' own words (open_clip knows its own by their names).
+    transformers' own words, or those of a pipeline's parts (open_clip knows its own by their names).
     """
 
     repository: str
@@ -66,7 +80,8 @@ class Release:
     def fetch(self) -> str:
         """The command that fills the hub cache: never pickles, nor the same weights in other formats."""
         kinds = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
-        what = [f"--include '{kind}'" for kind in kinds] if self.config else self.files
+        whole = "model_type" in (self.config or {})  # a pipeline's repository has each part in several formats
+        what = [f"--include '{kind}'" for kind in kinds] if whole else self.files
         return f"hf download {self.repository} {' '.join(what)}"
 
 
@@ -101,6 +116,32 @@ _LLAVA_7B = dict(
     model_type="llava", vision_config=_CLIP_L_336, text_config=_VICUNA, image_token_id=32000,
     vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=576,
 )  # fmt: skip
+# Verified: the sizes of Stable Diffusion 1.5's U-Net, autoencoder and noise schedule by other projects' copies of its
+# configs. From memory: its files, its licence, and its text tower, that of CLIP ViT-L/14.
+_SD_UNET = dict(
+    sample_size=64, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, cross_attention_dim=768, attention_head_dim=8,
+)  # fmt: skip
+_SD_VAE = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512,
+    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, scaling_factor=0.18215,
+)  # fmt: skip
+_SD_TEXT = dict(
+    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+    max_position_embeddings=77, hidden_act="quick_gelu", projection_dim=768,
+)  # fmt: skip
+_SD_STEPS = dict(
+    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+    steps_offset=1,
+)  # fmt: skip
+_SD = dict(unet=_SD_UNET, vae=_SD_VAE, text=_SD_TEXT, scheduler=_SD_STEPS)
+_SD_FILES = (
+    "model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json",
+    "tokenizer/merges.txt", "tokenizer/special_tokens_map.json", "text_encoder/config.json",
+    "text_encoder/model.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+)  # fmt: skip
 _TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 # The first of each family is the one that is loaded unless `name` says otherwise.
@@ -124,6 +165,11 @@ RELEASED: dict[str, dict[str, Release]] = {
         "llava-1.5-7b": Release(
             "llava-hf/llava-1.5-7b-hf", (*_TEXT_FILES, "preprocessor_config.json", "model.safetensors.index.json"),
             14127, "Llama 2 Community License", _LLAVA_7B,
+        ),
+    },
+    "diffusion": {
+        "stable-diffusion-v1-5": Release(
+            "stable-diffusion-v1-5/stable-diffusion-v1-5", _SD_FILES, 4266, "CreativeML Open RAIL-M", _SD
         ),
     },
 }  # fmt: skip
@@ -359,6 +405,76 @@ def _shown(drawn: Drawn, prompts: Sequence[str] | str, batch: int) -> Iterator[t
         begin = end
 
 
+@dataclass
+class Diffusion(Loaded):
+    """diffusers' StableDiffusionPipeline. Its places: `anatomy.of`; its noise is drawn on the CPU, a seed a picture.
+
+    `resolution` is the side of its pictures in pixels, `side` that of its latents.
+    """
+
+    resolution: int
+    side: int
+
+    def tokens(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Prompts as token ids (prompt, token), padded to the text tower's length."""
+        options = dict(padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length)
+        return self.tokenizer(list(prompts), return_tensors="pt", **options).input_ids.to(self.device)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        """What the U-Net reads of prompts: the text tower's states (prompt, token, width) after its last norm."""
+        return self.model.text_encoder(self.tokens(prompts)).last_hidden_state
+
+    def noise(self, n: int, seed: int = 0) -> torch.Tensor:
+        """Latents (picture, 4, side, side) to begin from; picture i has the noise of seed + i, whatever n is."""
+        shape = (self.model.unet.config.in_channels, self.side, self.side)
+        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + index)) for index in range(n)]
+        return torch.stack(drawn).to(self.device)
+
+    @torch.no_grad()
+    def paint(
+        self, prompts: Sequence[str] | torch.Tensor, seed: int = 0, steps: int = 30, guidance: float = 4.0,
+        batch: int = 32, noise: torch.Tensor | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """A picture for each prompt, (prompt, resolution, resolution, 3) uint8.
+
+        Prompts may be given as what the U-Net reads of them (prompt, token, width). Empty prompts and prompts are one
+        batch in the text tower too, the empty ones first, so `anatomy.conditional` serves for edits in both.
+        `noise` takes the place of `self.noise(len(prompts), seed)`. Raises UsageError without prompts.
+        """
+        if isinstance(prompts, str) or not len(prompts):
+            raise UsageError("paint takes a list of prompts, one for each picture.")
+        noise = self.noise(len(prompts), seed) if noise is None else noise
+        painted = []
+        for start in range(0, len(prompts), batch):
+            part = prompts[start : start + batch]
+            if isinstance(part, torch.Tensor):
+                without, told = self.encode([""]).expand_as(part), part
+            else:
+                without, told = self.encode([""] * len(part) + list(part)).chunk(2)
+            out = self.model(
+                prompt_embeds=told, negative_prompt_embeds=without, latents=noise[start : start + batch],
+                guidance_scale=guidance, num_inference_steps=steps, output_type="np",
+            )  # fmt: skip
+            painted.append((out.images * 255).round().astype(np.uint8))
+        return np.concatenate(painted)
+
+    @torch.no_grad()
+    def latents(self, drawn: Sequence[scenes.Scene] | np.ndarray, batch: int = 64) -> torch.Tensor:
+        """Scenes, or pictures (picture, R, R, 3) uint8, as the U-Net's latents (picture, 4, side, side), no noise."""
+        pictures = drawn if isinstance(drawn, np.ndarray) else scenes.render_batch(drawn, self.resolution)
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
+        parts = [self.model.vae.encode(part).latent_dist.mean for part in x.split(batch)]
+        return torch.cat(parts) * self.model.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def pictures(self, latents: torch.Tensor, batch: int = 64) -> np.ndarray:
+        """Latents (picture, 4, side, side) as pictures (picture, R, R, 3) uint8."""
+        parts = (latents / self.model.vae.config.scaling_factor).split(batch)
+        x = torch.cat([self.model.vae.decode(part).sample for part in parts])
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 def device_of(device: str) -> torch.device:
     """ "auto" is a GPU where there is one. Raises UsageError for a device that this machine has not."""
     if device == "auto":
@@ -377,7 +493,7 @@ def load(
     weights: str = "trained",
     name: str | None = None,
     seed: int = 0,
-) -> Contrastive | Language | Generative:
+) -> Contrastive | Language | Generative | Diffusion:
     """A model of a family under a profile.
 
     `weights="random"` gives the twin of the same architecture as its initialisation left it, drawn from `seed`: the
@@ -400,15 +516,16 @@ def load(
             f"{', '.join(RELEASED[family])}; under tiny leave the name out{second}."
         )
     name = name or next(iter(known))
-    if family == "contrastive":
-        return _contrastive(profile, device_of(device), weights, name, seed)
+    if family in ("contrastive", "diffusion"):
+        of_family = _contrastive if family == "contrastive" else _diffusion
+        return of_family(profile, device_of(device), weights, name, seed)
     return _writer(family, profile, device_of(device), weights, name, seed)
 
 
 def _contrastive(profile: str, device: torch.device, weights: str, name: str, seed: int) -> Contrastive:
     card = {"family": "contrastive", "profile": profile, "weights": weights, "precision": "float32"}
     if profile == "tiny":
-        source = f"local-dir:{_intact('contrastive', need_weights=weights == 'trained')}"
+        source = f"local-dir:{intact('contrastive', need_weights=weights == 'trained')}"
     elif profile == "hub":
         folder, commit = _cached("contrastive", name)
         source = f"local-dir:{folder}"
@@ -438,12 +555,12 @@ def _writer(
     dtype = torch.bfloat16 if large else torch.float32
     card = {"family": family, "profile": profile, "weights": weights, "precision": str(dtype).removeprefix("torch.")}
     if profile == "tiny":
-        folder = _intact(EMBEDDED[family][name], need_weights=weights == "trained")
+        folder = intact(EMBEDDED[family][name], need_weights=weights == "trained")
     elif profile == "hub":
         folder, commit = _cached(family, name)
         card |= {"name": name, "repository": RELEASED[family][name].repository, "commit": commit}
     else:  # the embedded tokenizer: its ids are within any vocabulary
-        folder, weights = _intact(EMBEDDED[family][""], need_weights=False), "random"
+        folder, weights = intact(EMBEDDED[family][""], need_weights=False), "random"
         card |= {"name": name, "weights": weights, "tokenizer": f"that of the embedded {family} model"}
     local = dict(local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **local)
@@ -490,6 +607,59 @@ def _writer(
     )  # fmt: skip
 
 
+def _diffusion(profile: str, device: torch.device, weights: str, name: str, seed: int) -> Diffusion:
+    card = {"family": "diffusion", "profile": profile, "weights": weights, "precision": "float32"}
+    if profile == "tiny":
+        folder = intact("diffusion", need_weights=weights == "trained")
+    elif profile == "hub":
+        folder, commit = _cached("diffusion", name)
+        card |= {"name": name, "repository": RELEASED["diffusion"][name].repository, "commit": commit}
+    else:  # the embedded tokenizer: its ids are within any vocabulary
+        folder, weights = intact("diffusion", need_weights=False), "random"
+        card |= {"name": name, "weights": weights, "tokenizer": "that of the embedded diffusion model"}
+    unguarded = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)  # the CPU's only: models are drawn there
+        if weights == "trained":
+            pipe = StableDiffusionPipeline.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, **unguarded
+            )
+        else:
+            parts = RELEASED["diffusion"][name].config if profile == "rehearsal" else {
+                "vae": AutoencoderKL.load_config(folder / "vae"),
+                "unet": UNet2DConditionModel.load_config(folder / "unet"),
+                "text": json.loads((folder / "text_encoder" / "config.json").read_text()),
+                "scheduler": DDIMScheduler.load_config(folder / "scheduler"),
+            }  # fmt: skip
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            text = CLIPTextConfig.from_dict(parts["text"] | {"eos_token_id": tokenizer.eos_token_id})
+            tokenizer.model_max_length = text.max_position_embeddings
+            pipe = StableDiffusionPipeline(
+                vae=AutoencoderKL.from_config(parts["vae"]), unet=UNet2DConditionModel.from_config(parts["unet"]),
+                text_encoder=CLIPTextModel(text), tokenizer=tokenizer,
+                scheduler=DDIMScheduler.from_config(parts["scheduler"]), **unguarded,
+            )  # fmt: skip
+    opened = of_pipeline(pipe, device)
+    known = "diffusion" if profile == "tiny" and weights == "trained" else None
+    opened.card.update(card | _known(known, opened.anatomy.module))
+    return opened
+
+
+def of_pipeline(pipe: StableDiffusionPipeline, device: torch.device) -> Diffusion:
+    """A pipeline opened for study, on a device; its card is empty."""
+    # one pass of the U-Net a step, and no randomness of its own
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    for part in (pipe.vae, pipe.unet, pipe.text_encoder):
+        part.eval().requires_grad_(False)
+    side = pipe.unet.config.sample_size
+    return Diffusion(
+        model=pipe, tokenizer=pipe.tokenizer, anatomy=anatomy.of(pipe), device=device, card={},
+        resolution=side * pipe.vae_scale_factor, side=side,
+    )  # fmt: skip
+
+
 def _known(folder: str | None, model: torch.nn.Module) -> dict:
     """What the card of an embedded model says that one wants to see, and the model's size."""
     shown = {}
@@ -504,17 +674,19 @@ def _known(folder: str | None, model: torch.nn.Module) -> dict:
 def _quiet():
     """open_clip warns through the root logger that a model without weights has random ones: here that is the wish.
 
-    And no progress bar of transformers, for what takes a moment.
+    And no progress bars of transformers and diffusers, for what takes a moment.
     """
-    level, bar = logging.getLogger().level, transformers_logging.is_progress_bar_enabled()
+    level, libraries = logging.getLogger().level, (transformers_logging, diffusers_logging)
+    bars = [library for library in libraries if library.is_progress_bar_enabled()]
     logging.getLogger().setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+    for library in bars:
+        library.disable_progress_bar()
     try:
         yield
     finally:
         logging.getLogger().setLevel(level)
-        if bar:
-            transformers_logging.enable_progress_bar()
+        for library in bars:
+            library.enable_progress_bar()
 
 
 def read_card(folder: str) -> dict:
@@ -548,7 +720,7 @@ def _state(folder: str, with_weights: bool = True) -> tuple[str, str]:
     return "intact", ""
 
 
-def _intact(folder: str, need_weights: bool) -> Path:
+def intact(folder: str, need_weights: bool) -> Path:
     state, name = _state(folder, need_weights)
     if state != "intact":
         raise UsageError(
@@ -579,12 +751,12 @@ def inventory() -> list[dict]:
     from config, cached or not cached."""
     rows = []
     for family in FAMILIES:
-        for folder in EMBEDDED[family].values():
+        for folder in (*EMBEDDED[family].values(), *BESIDE.get(family, ())):
             try:
                 state, _ = _state(folder)
             except UsageError:
                 state = "missing"
-            size = sum(f.stat().st_size for f in (FOLDER / folder).glob("*.safetensors"))
+            size = sum(f.stat().st_size for f in (FOLDER / folder).rglob("*.safetensors"))
             hint = "" if state == "intact" else f"git checkout -- data/models/{folder}"
             rows.append(dict(family=family, profile="tiny", name=folder, state=state,
                              path=f"data/models/{folder}", bytes=size, hint=hint))  # fmt: skip

@@ -21,12 +21,13 @@ PARAMETERS = (
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """Three notebooks that are never executed."""
+    """Four notebooks that are never executed."""
     monkeypatch.setenv("MMFM_ROOT", str(tmp_path))
     for folder in ("notebooks", "data", "elsewhere"):
         (tmp_path / folder).mkdir()
     (tmp_path / "data/findings.yaml").write_text("[]")
     needs = {"04_decomposition": ["contrastive"], "04_dead_ends": ["contrastive", "diffusion"], "05_lens": []}
+    needs |= {"06_sounds": ["auditory"]}  # no such model is shipped
     for name, families in needs.items():
         cell = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
         nb = new_notebook(cells=[cell], metadata={"mmfm": {"families": families}})
@@ -54,7 +55,7 @@ def world(tmp_path, monkeypatch):
         ("run 05 elsewhere/05_lens.ipynb", "would share one result"),
         ("run --profile tinny", "invalid choice: 'tinny'"),
         ("run --device tpu", "invalid choice: 'tpu'"),
-        ("run 04_dead_ends", "needs the diffusion model"),
+        ("run 06_sounds", "needs the auditory model"),
         ("run 04_decomposition --profile hub", "hf download"),
         ("run --device cuda", "torch sees no CUDA device here"),
         ("run --jobs 0", "must be above 0"),

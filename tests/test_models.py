@@ -270,7 +270,8 @@ def flip(path):
 def test_the_inventory_finds_what_is_shipped_intact():
     rows = models.inventory()
     tiny = {row["name"]: row["state"] for row in rows if row["profile"] == "tiny"}
-    assert tiny == dict.fromkeys(["contrastive", "language", "language_half", "generative"], "intact")
+    names = ["contrastive", "language", "language_half", "generative", "diffusion", "diffusion_oracle"]
+    assert tiny == dict.fromkeys(names, "intact")
     assert {(row["family"], row["profile"]) for row in rows} == {
         (family, profile) for family in models.FAMILIES for profile in models.PROFILES
     }

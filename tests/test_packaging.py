@@ -21,12 +21,12 @@ RECIPES = sorted((ROOT / "data").rglob("*.py"))
 
 # From the ground up: a module imports from floors below its own, and from nowhere else in the package.
 FLOORS = [
-    "training", "scenes", "texts", "hooks", "anatomy", "models", "metrics", "plots", "findings", "runner", "course",
-    "cli",
+    "training", "scenes", "texts", "hooks", "anatomy", "models", "oracle", "metrics", "plots", "findings", "runner",
+    "course", "cli",
 ]  # fmt: skip
 # Below, and still none of their business.
 UNKNOWN_TO = {"metrics": {"models"}, "plots": {"models"}, "findings": {"models"}}
-MAX_LINES = 4600  # docstrings and comments included, which are a quarter of them
+MAX_LINES = 5100  # docstrings and comments included, which are a quarter of them
 # What the notebooks teach is written out in the notebooks: no function or class of the package bears these in its name.
 METHODS = [
     "ablate", "ablation", "attribution", "decompose", "decomposition", "gradcam", "integrated_gradients", "knockout",
