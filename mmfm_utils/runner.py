@@ -637,7 +637,7 @@ def _with_palette(png: str, colours: int) -> str:
     picture = Image.open(io.BytesIO(base64.b64decode(png)))
     small = io.BytesIO()
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
-    flat.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+    flat.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(
         small, "PNG", optimize=True, dpi=picture.info.get("dpi", (72, 72))
     )
     return base64.b64encode(small.getvalue()).decode()
@@ -648,7 +648,7 @@ def commit(task: dict, result: dict) -> list[str]:
 
     Figures have 256 colours, and fewer in a notebook that would be too large with these.
     """
-    for colours in (256, 128, 64):
+    for colours in (256, 128, 64, 32):
         text = _committed(task, result, colours)
         if len(text.encode()) <= LIMIT_KB * 1000:
             break
