@@ -34,6 +34,26 @@ def test_readme_gives_the_held_out_figures_of_the_card():
     assert rows == {name: f"{value:.3f}" for name, value in card["held_out"].items()}
 
 
+def test_readme_gives_the_figures_of_the_text_to_image_model():
+    card, text = models.read_card("diffusion"), " ".join(README.split())
+    said = card["held_out"]
+    one, drawn, pair = (
+        [f"{said[name]:.3f}" for name in names]
+        for names in (
+            ("object", "colour", "style", "ground"), ("drawn_object", "drawn_colour", "drawn_style", "drawn_ground"),
+            ("pair_objects", "pair_bound", "drawn_pair_objects"),
+        )
+    )  # fmt: skip
+    assert f"{card['steps'] * card['pictures_a_step']:,} pictures in {card['minutes']} minutes" in text
+    assert f"{card['parameters'] / 1e6:.1f} M parameters) is a `StableDiffusionPipeline`" in text
+    for part in (
+        "object in {} of the pictures, its colour in {}, the style in {}, the ground in {};".format(*one),
+        "both in {}, and both in their colours in {}.".format(*pair),
+        "oracle reads {}, {}, {} and {}, and {} of pairs".format(*drawn, pair[2]),
+    ):
+        assert part in text, part
+
+
 def test_the_picture_in_readme_is_a_figure_of_the_tour():
     picture = (ROOT / "data" / "readme" / "hand_over.png").read_bytes()
     tour = nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", 4)
