@@ -178,6 +178,10 @@ class Finding:
     rule_changed: list | tuple = ()
     not_done: str = ""
 
+    def source(self) -> str:
+        """The paper, and its arXiv id where it has one (`none` says that it has not)."""
+        return self.paper + ("" if self.arxiv == "none" else f", arXiv {self.arxiv}")
+
     def told(self) -> str:
         """What the paper reports; a number from memory is marked."""
         return self.reported + ("" if self.verified else " (unverified)")
@@ -427,7 +431,7 @@ def judge(id: str, *, value, control=None, interval=None, n: int | None = None, 
 def _card(finding: Finding, row: dict, known: dict, why: str) -> None:
     rule = finding.partly if row["verdict"] == "partly" else finding.rule
     lines = {
-        "paper": f"{finding.paper}, arXiv {finding.arxiv}",
+        "paper": finding.source(),
         "reported": finding.told(),
         "ours": f"{shown(row['value'])} ({finding.measured})",
         "control": f"{shown(row['control'])} ({finding.control})",

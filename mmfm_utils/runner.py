@@ -746,7 +746,7 @@ def page(folder: Path, results: list[dict], rows: list[dict]) -> str:
     lines, title = [], f"Findings, profile {folder.name}"
     for row in rows:
         entry = known.get(row["id"])
-        paper = (f"{entry.paper}, arXiv {entry.arxiv}", entry.told()) if entry else ("", "")
+        paper = (entry.source(), entry.told()) if entry else ("", "")
         verdict = f'<b style="color:{COLOURS[row["verdict"]]}">{row["verdict"]}</b> {html.escape(row["why"])}'
         verdict = _Html(verdict)
         numbers = (shown(row[key]) for key in ("value", "control", "interval"))
