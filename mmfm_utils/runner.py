@@ -661,7 +661,25 @@ def commit(task: dict, result: dict) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(dict(sorted(values.items())), indent=1) + "\n")
     write_atomic(Path(task["path"]), text)
+    for path, picture in readme_pictures(nbformat.reads(text, as_version=4), task["name"]).items():
+        path.write_bytes(picture)
     return []
+
+
+def readme_pictures(nb, name: str) -> dict[Path, bytes]:
+    """README's pictures that a notebook draws: data/readme/NAME.7.png is the first figure of its code cell 7.
+
+    Raises UsageError where that cell draws none any more.
+    """
+    found, cells = {}, code_cells(nb)
+    for path in sorted((findings.root() / "data" / "readme").glob(f"{name}.*.png")):
+        number = int(path.name.split(".")[-2])
+        outputs = cells[number - 1].outputs if 0 < number <= len(cells) else []
+        drawn = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+        if not drawn:
+            raise UsageError(f"{path.name}: code cell {number} of {name} draws no figure; rename it, and README's link")
+        found[path] = base64.b64decode(drawn[0])
+    return found
 
 
 def _committed(task: dict, result: dict, colours: int) -> str:

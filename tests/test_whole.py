@@ -1,13 +1,13 @@
 """The whole as its users meet it: every notebook runs and agrees with what is committed; README says what is so."""
 
-import base64
 import json
 import re
 from pathlib import Path
 
 import nbformat
+import pytest
 
-from mmfm_utils import models, runner
+from mmfm_utils import UsageError, models, runner
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -54,9 +54,19 @@ def test_readme_gives_the_figures_of_the_text_to_image_model():
         assert part in text, part
 
 
-def test_the_picture_in_readme_is_a_figure_of_the_tour():
-    picture = (ROOT / "data" / "readme" / "hand_over.png").read_bytes()
-    tour = nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", 4)
-    outputs = [out for cell in tour.cells if cell.cell_type == "code" for out in cell.outputs]
-    pictures = [base64.b64decode(out["data"]["image/png"]) for out in outputs if "image/png" in out.get("data", {})]
-    assert picture in pictures
+def test_the_pictures_in_readme_are_figures_of_the_notebooks():
+    shown = re.findall(r"!\[(.+?)\]\((data/readme/(\w+)\.\d+\.png)\)", README)
+    assert len(shown) == 4
+    assert {path for _, path, _ in shown} == {f"data/readme/{p.name}" for p in (ROOT / "data" / "readme").glob("*")}
+    for _, path, name in shown:
+        drawn = runner.readme_pictures(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4), name)
+        assert drawn[ROOT / path] == (ROOT / path).read_bytes(), f"{path}: `mmfm run {name} --write` writes it anew"
+
+
+def test_a_picture_of_readme_whose_cell_draws_nothing_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFM_ROOT", str(tmp_path))
+    (tmp_path / "data" / "readme").mkdir(parents=True)
+    (tmp_path / "data" / "readme" / "some.2.png").write_bytes(b"")
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x = 1"), nbformat.v4.new_code_cell("y = 1")])
+    with pytest.raises(UsageError, match="code cell 2 of some draws no figure"):
+        runner.readme_pictures(nb, "some")
