@@ -718,11 +718,12 @@ def stored(folder: Path) -> list[dict]:
 
 
 def show(folder: Path) -> Path | None:
-    """Build ledger.json and report.html anew from all the results in a folder."""
+    """Build ledger.json, ledger.md and report.html anew from all the results in a folder."""
     results = stored(folder)
     rows = [row for result in results if result["status"] != "failed" for row in result["rows"]]
     try:
         write_atomic(folder / "ledger.json", json.dumps([{k: row[k] for k in LEDGER} for row in rows], indent=1))
+        write_atomic(folder / "ledger.md", _markdown(rows))
         write_atomic(folder / "report.html", page(folder, results, rows))
         return (folder / "report.html").resolve()
     except OSError as error:
@@ -730,7 +731,8 @@ def show(folder: Path) -> Path | None:
 
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:12px;color:#222;background:#fff}
-table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;padding:4px 8px}
+table{border-collapse:collapse;width:100%}td{overflow-wrap:anywhere}
+th,td{text-align:left;vertical-align:top;padding:4px 8px}
 tr{border-bottom:1px solid #ddd}img{max-width:100%;margin:6px 0}
 @media(max-width:800px){th{display:none}tr{display:block;padding:8px 0}td{display:block;padding:1px 0}
 td:empty{display:none}td::before{content:attr(data-h) ": ";color:#777}}"""
@@ -748,40 +750,97 @@ def _table(head: tuple, lines: list) -> str:
     return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{body}</table>"
 
 
-def _figures(folder: Path, name: str) -> str:
-    """The PNGs of the cells tagged `figure` in an executed notebook, or all of its PNGs."""
-    path = folder / f"{name}.ipynb"
-    cells = list(enumerate(code_cells(read(path)), 1)) if path.exists() else []
+def _figures(cells: list, name: str) -> str:
+    """The PNGs of the cells tagged `figure` of a notebook, or all of its PNGs; each cell is a place to link to."""
+    cells = [(n, cell) for n, cell in enumerate((c for c in cells if c.cell_type == "code"), 1) if _pngs(cell)]
     cells = [(n, cell) for n, cell in cells if "figure" in tags(cell)] or cells
-    pngs = [(n, o.data["image/png"]) for n, cell in cells for o in cell.outputs if "image/png" in o.get("data", {})]
-    image = '<img alt="{}, cell {}" src="data:image/png;base64,{}">'
-    return "".join(image.format(html.escape(name), n, png.replace("\n", "")) for n, png in pngs)
+    image, found = '<img alt="{}, cell {}" src="data:image/png;base64,{}">', ""
+    for n, cell in cells:
+        drawn = (image.format(html.escape(name), n, png.replace("\n", "")) for png in _pngs(cell))
+        found += f'<div id="{html.escape(name)}-{n}">{"".join(drawn)}</div>'
+    return found
+
+
+def _pngs(cell) -> list[str]:
+    return [o.data["image/png"] for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
+
+
+def _figure_of(cells: list, id: str) -> int | None:
+    """The code cell with the figure nearest to where a finding is judged: above it in its section, or else below it."""
+    judged = next((n for n, cell in enumerate(cells) if f'judge("{id}"' in re.sub(r"\(\s+", "(", cell.source)), None)
+    if judged is None:
+        return None
+    for steps in (range(judged, -1, -1), range(judged + 1, len(cells))):
+        for n in steps:
+            if cells[n].cell_type == "markdown" and re.search(r"^##? ", cells[n].source, re.M):
+                break
+            if cells[n].cell_type == "code" and _pngs(cells[n]):
+                return sum(cell.cell_type == "code" for cell in cells[: n + 1])
+    return None
+
+
+HEAD = ("id", "claim", "paper", "reported", "ours", "control", "interval", "verdict")
+
+
+def _told(row: dict, entry) -> tuple:
+    """A finding as the report tells it, without its verdict."""
+    paper = (entry.source(), entry.told()) if entry else ("", "")
+    return row["id"], row["claim"], *paper, *(shown(row[key]) for key in ("value", "control", "interval"))
+
+
+def _markdown(rows: list[dict]) -> str:
+    """The findings as a Markdown table."""
+    known, table = findings.registry(), [HEAD, ["---"] * len(HEAD)]
+    table += [(*_told(row, known.get(row["id"])), row["verdict"]) for row in rows]
+    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in table)
+
+
+def _map(rows: list[dict], known: dict) -> str:
+    """The branches of the taxonomy, one a line, and in the column of each family the verdicts, with links."""
+    families = dict.fromkeys(["contrastive", "generative", "diffusion", "language"])
+    families |= dict.fromkeys(known[row["id"]].family for row in rows if row["id"] in known)
+    link = '<a href="#{0}" style="color:{1}" title="{2}: {3}">{0}</a> '
+    lines = []
+    for notebook in dict.fromkeys(row["notebook"] for row in rows):
+        cells = dict.fromkeys(families, "")
+        for row in rows:
+            if row["notebook"] == notebook and row["id"] in known:
+                told = (html.escape(row["id"]), COLOURS[row["verdict"]], row["verdict"], html.escape(row["claim"]))
+                cells[known[row["id"]].family] += link.format(*told)
+        lines.append((notebook, *map(_Html, cells.values())))
+    key = ", ".join(f'<b style="color:{colour}">{verdict}</b>' for verdict, colour in COLOURS.items())
+    return f"<p>{key}</p>" + _table(("notebook", *families), lines)
 
 
 def page(folder: Path, results: list[dict], rows: list[dict]) -> str:
     """report.html: self-contained, and readable on a phone."""
     known, count = findings.registry(), Counter(row["verdict"] for row in rows)
     lines, title = [], f"Findings, profile {folder.name}"
+    paths = {r["name"]: folder / f"{r['name']}.ipynb" for r in results}
+    ran = {
+        name: [cell for cell in read(path).cells if "injected-parameters" not in tags(cell)]
+        for name, path in paths.items()
+        if path.exists()
+    }
     for row in rows:
-        entry = known.get(row["id"])
-        paper = (entry.source(), entry.told()) if entry else ("", "")
         verdict = f'<b style="color:{COLOURS[row["verdict"]]}">{row["verdict"]}</b> {html.escape(row["why"])}'
-        verdict = _Html(verdict)
-        numbers = (shown(row[key]) for key in ("value", "control", "interval"))
-        lines.append((row["id"], row["claim"], *paper, *numbers, verdict))
+        figure = _figure_of(ran.get(row["notebook"], []), row["id"])
+        figure = figure and _Html(f'<a href="#{html.escape(row["notebook"])}-{figure}">figure</a>') or ""
+        id, *told = _told(row, known.get(row["id"]))
+        lines.append((_Html(f'<span id="{html.escape(id)}">{html.escape(id)}</span>'), *told, _Html(verdict), figure))
     undone = [entry for entry in known.values() if entry.not_done]
-    lines += [(f.id, f.claim, f.paper, f.told(), "", "", "", f"not done: {f.not_done}") for f in undone]
-    head = ("id", "claim", "paper", "reported", "ours", "control", "interval", "verdict")
+    lines += [(f.id, f.claim, f.paper, f.told(), "", "", "", f"not done: {f.not_done}", "") for f in undone]
     cost = [(r["name"], r["status"], r["reason"], f"{r['seconds']:.1f}", f"{r['peak_mb']:.0f}", r["device"])
             for r in results]  # fmt: skip
     numbers = [(r["name"], m["name"], f"{shown(m['value'])} {m['unit']}") for r in results for m in r["metrics"]]
-    drawn = [(result["name"], _figures(folder, result["name"])) for result in results]
+    drawn = [(name, _figures(cells, name)) for name, cells in ran.items()]
     figures = "".join(f"<h3>{html.escape(name)}</h3>{pngs}" for name, pngs in drawn if pngs)
     environment = list((results[-1]["versions"] if results else {}).items())
     summary = ", ".join(f"{count[v]} {v}" for v in findings.VERDICTS if count[v]) or "none judged"
     states = ", ".join(f"{n} {status}" for status, n in Counter(r["status"] for r in results).items())
     parts = {
-        "Findings": _table(head, lines),
+        "The map": _map(rows, known),
+        "Findings": _table((*HEAD, "figure"), lines),
         "Notebooks": _table(("notebook", "status", "reason", "seconds", "peak MB", "device"), cost),
         "Other numbers": _table(("notebook", "number", "value"), numbers),
         "Figures": figures,

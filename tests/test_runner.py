@@ -222,6 +222,28 @@ def test_report(broken):
     assert "http" not in page and "<script" not in page and "<link" not in page
     for part in ("1 not reproduced", "2 reproduced", "G1", "out of memory?", "threads", "papermill", "[0.2, 0.6]"):
         assert part in page, part
+    linked = set(re.findall(r'href="#([^"]+)"', page))
+    assert {"G1", "V1", "X1"} <= linked <= set(re.findall(r' id="([^"]+)"', page))  # the map leads to each finding
+
+
+def test_ledger_as_markdown(broken):
+    head, rule, *lines = (broken.folder / "results/tiny/ledger.md").read_text().splitlines()
+    assert {line.split(" | ")[0] for line in lines} == {"| G1", "| V1", "| X1"}
+    assert {line.count("|") for line in (head, rule, *lines)} == {len(runner.HEAD) + 1}
+
+
+def test_the_figure_of_a_finding():
+    cell, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+    output = nbformat.v4.new_output("display_data", {"image/png": PNG})
+    figure = [cell("figure", outputs=[output])]
+    judged = [cell('findings.judge(\n    "F1", value=1)')]
+    for cells, place in (
+        ([*figure, *judged, *figure], 1),  # the one above
+        ([*figure, text("## Next"), *judged, text("words"), *figure], 3),  # but not out of another section
+        ([*judged, text("## Next"), *figure], None),
+        ([*figure, cell('findings.judge("F2", value=1)')], None),
+    ):
+        assert runner._figure_of(cells, "F1") == place, cells
 
 
 # ------------------------------------------------------------------------------------------------ what a run leaves
@@ -395,7 +417,7 @@ def test_full_disk_for_real(world):
     assert "02_second: FAILED cannot write into" in out and "File too large" in out
     assert world.read("01_first.json")["status"] == "ok"
     assert sorted(p.name for p in (world.folder / "results/tiny").iterdir()) == [
-        "01_first.ipynb", "01_first.json", "ledger.json", "report.html"
+        "01_first.ipynb", "01_first.json", "ledger.json", "ledger.md", "report.html"
     ]  # fmt: skip
 
 
