@@ -1,4 +1,4 @@
-"""The command line: `mmfm doctor`, `mmfm run`, `mmfm report`.
+"""The command line: `mmfm doctor`, `mmfm run`, `mmfm report`, `mmfm course`.
 
 Exit codes: 0 all ran and agreed with what is expected; 1 something ran and failed or disagreed; 2 the request was
 wrong; 130 interrupted.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from . import UsageError, __version__, findings, runner
+from . import UsageError, __version__, course, findings, runner
 from .runner import say
 
 
@@ -49,6 +49,13 @@ def parser() -> Parser:
     command.add_argument("--results", metavar="DIR", help="instead of results/")
     command.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="two ledger.json, or folders that hold one")
     command.set_defaults(call=report)
+
+    command = commands.add_parser("course", help="make an nbgrader course of the notebooks", allow_abbrev=False)
+    steps = command.add_subparsers(dest="step", required=True, metavar="STEP")
+    step = steps.add_parser("build", help="write source/ and release/ of an nbgrader course", allow_abbrev=False)
+    step.add_argument("folder", metavar="DIR")
+    step.add_argument("names", nargs="*", metavar="NAME", help="a name, the start of one, or a path; none: all")
+    step.set_defaults(call=build)
     return main
 
 
@@ -74,6 +81,14 @@ def report(args) -> int:
     for page in filter(None, pages):
         say(f"report: {page}")
     return 0 if all(pages) else 1
+
+
+def build(args) -> int:
+    say(f"Writing the course into {args.folder}")
+    for path in course.build(args.folder, args.names):
+        say(f"  {path}")
+    say(f"Hand out {args.folder}/release; nbgrader run in {args.folder} collects and grades")
+    return 0
 
 
 def doctor(args) -> int:

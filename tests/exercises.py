@@ -47,19 +47,17 @@ from nbgrader.preprocessors import ClearHiddenTests, ClearSolutions
 from traitlets.config import Config
 
 from mmfm_utils import findings
+from mmfm_utils.course import CONFIG, STUB_SAYS
 from tests.notebook_contract import NOTEBOOKS, exercises, is_test, notebooks, place, python_of
 
 WRONG_ANSWERS = Path(__file__).resolve().parent / "wrong_answers"
-STUB_SAYS = "Write this part, then run the cell again."
-STUB = f'raise NotImplementedError("{STUB_SAYS}")'
 LEAST = 2  # wrong answers for each exercise
 
 
 def assignment(nb):
     """The notebook as students get it: solutions replaced by the stub, hidden tests taken out."""
     nb = deepcopy(nb)
-    config = Config({"ClearSolutions": {"code_stub": {"python": STUB}}})
-    for step in (ClearSolutions(config=config), ClearHiddenTests()):
+    for step in (ClearSolutions(config=Config(CONFIG)), ClearHiddenTests()):
         nb, _ = step.preprocess(nb, {})
     return nb
 
