@@ -21,7 +21,7 @@ CONFIG = {
     "CourseDirectory": {"course_id": "mmfm"},
     "ClearSolutions": {"code_stub": {"python": STUB}},
 }
-MADE = "nbgrader_config.json"  # nbgrader reads it; a folder that holds it was made here, or may be treated so
+MADE = "nbgrader_config.json"  # nbgrader reads it; a folder that holds it is a course
 
 
 def build(folder: str | Path, names: list[str] = ()) -> list[Path]:
@@ -38,7 +38,8 @@ def build(folder: str | Path, names: list[str] = ()) -> list[Path]:
         raise UsageError(f"{folder} holds something else than a course: name a new folder, or an empty one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MADE).write_text(json.dumps(CONFIG, indent=1) + "\n")
+        if not (folder / MADE).exists():  # an instructor's own settings stay
+            (folder / MADE).write_text(json.dumps(CONFIG, indent=1) + "\n")
         for path in notebooks:
             (folder / "source" / path.stem).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / "source" / path.stem / path.name)

@@ -654,6 +654,10 @@ def commit(task: dict, result: dict) -> list[str]:
             break
     else:
         return [f"{len(text.encode()) // 1000} KB with its outputs, more than {LIMIT_KB}: make its figures smaller"]
+    try:
+        pictures = readme_pictures(nbformat.reads(text, as_version=4), task["name"])
+    except UsageError as error:  # nothing is written then
+        return [str(error)]
     path, known = findings.root() / "data" / "expected" / f"{task['profile']}.json", findings.registry()
     values = json.loads(path.read_text()) if path.exists() else {}
     values = {id: value for id, value in values.items() if id in known and known[id].notebook != task["name"]}
@@ -661,7 +665,7 @@ def commit(task: dict, result: dict) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(dict(sorted(values.items())), indent=1) + "\n")
     write_atomic(Path(task["path"]), text)
-    for path, picture in readme_pictures(nbformat.reads(text, as_version=4), task["name"]).items():
+    for path, picture in pictures.items():
         path.write_bytes(picture)
     return []
 
@@ -829,7 +833,7 @@ def page(folder: Path, results: list[dict], rows: list[dict]) -> str:
         id, *told = _told(row, known.get(row["id"]))
         lines.append((_Html(f'<span id="{html.escape(id)}">{html.escape(id)}</span>'), *told, _Html(verdict), figure))
     undone = [entry for entry in known.values() if entry.not_done]
-    lines += [(f.id, f.claim, f.paper, f.told(), "", "", "", f"not done: {f.not_done}", "") for f in undone]
+    lines += [(f.id, f.claim, f.source(), f.told(), "", "", "", f"not done: {f.not_done}", "") for f in undone]
     cost = [(r["name"], r["status"], r["reason"], f"{r['seconds']:.1f}", f"{r['peak_mb']:.0f}", r["device"])
             for r in results]  # fmt: skip
     numbers = [(r["name"], m["name"], f"{shown(m['value'])} {m['unit']}") for r in results for m in r["metrics"]]

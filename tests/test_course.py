@@ -40,17 +40,19 @@ def test_the_gradebook_knows_the_points(built):
         assert tests and all(known[each["grade_id"]] == each["points"] for each in tests)
 
 
-def test_building_again_leaves_what_was_handed_in_alone(built):
+def test_building_again_leaves_what_was_handed_in_and_set_alone(built):
     folder, paths = built
     handed_in = folder / "submitted" / "ada" / "00_tour" / "00_tour.ipynb"
     handed_in.parent.mkdir(parents=True)
     handed_in.write_text("hers")
+    (folder / course.MADE).write_text('{"CourseDirectory": {"course_id": "spring"}}')
     paths[0].write_text("spoilt")
     assert course.build(folder, ["00"]) == paths[:1]
     assert handed_in.read_text() == "hers" and nbformat.read(paths[0], 4)
+    assert "spring" in (folder / course.MADE).read_text()
 
 
-def test_requests_that_cannot_be_met(tmp_path, monkeypatch, capsys):
+def test_requests_that_cannot_be_met(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="holds something else than a course: name a new folder"):
         course.build(tmp_path)
