@@ -56,6 +56,19 @@ def parser() -> Parser:
     step.add_argument("folder", metavar="DIR")
     step.add_argument("names", nargs="*", metavar="NAME", help="a name, the start of one, or a path; none: all")
     step.set_defaults(call=build)
+    step = steps.add_parser("check", help="prove that the exercises of notebooks work", allow_abbrev=False)
+    step.add_argument("names", nargs="*", metavar="NAME", help="a name, the start of one, or a path; none: all")
+    step.set_defaults(call=check)
+    step = steps.add_parser("grade", help="grade what students handed in, a table and feedback", allow_abbrev=False)
+    step.add_argument("submissions", metavar="SUBMISSIONS", help="a folder with STUDENT/NAME.ipynb")
+    step.add_argument("names", nargs="*", metavar="NAME", help="assignments; none: all")
+    step.add_argument("--course", metavar="DIR", help="what `build` made (else the folder that holds SUBMISSIONS)")
+    step.add_argument("--cell-timeout", type=int, default=300, metavar="SECONDS", help="then a cell is interrupted")
+    step.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="for a submission")
+    step.add_argument("--memory", type=int, default=4000, metavar="MB", help="for a submission")
+    step.add_argument("--no-sandbox", action="store_true", help="run students' code as you, where nothing can be lost")
+    step.add_argument("--again", action="store_true", help="also what was graded before")
+    step.set_defaults(call=grade)
     return main
 
 
@@ -89,6 +102,29 @@ def build(args) -> int:
         say(f"  {path}")
     say(f"Hand out {args.folder}/release; nbgrader run in {args.folder} collects and grades")
     return 0
+
+
+def check(args) -> int:
+    from . import exercises  # slow
+
+    say("Checking exercises; every notebook runs in this process, and nothing is written")
+    bad = 0
+    for path in runner.select(args.names):
+        begun, nb, wrong = time.perf_counter(), runner.read(path), exercises.wrong_answers(path.stem)
+        found = exercises.check(nb, path.stem, wrong, path.resolve().parent)
+        bad += bool(found)
+        counts = f"{len(exercises.exercises(nb))} exercises, {sum(map(len, wrong.values()))} wrong answers"
+        told = f"{len(found)} complaints" if found else "as they should be"
+        say(f"{path.stem}: {counts}, {told} ({time.perf_counter() - begun:.0f} s)")
+        say("".join(f"  {complaint}\n" for complaint in found).rstrip()) if found else None
+    return 1 if bad else 0
+
+
+def grade(args) -> int:
+    from . import grading  # slow
+
+    limits = grading.Limits(args.cell_timeout, args.timeout, args.memory)
+    return grading.grade(args.submissions, args.names, args.course, limits, not args.no_sandbox, args.again)
 
 
 def doctor(args) -> int:

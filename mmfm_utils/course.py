@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 from . import UsageError, runner
@@ -30,9 +31,6 @@ def build(folder: str | Path, names: list[str] = ()) -> list[Path]:
     Building anew replaces these notebooks in `source/` and `release/`, and leaves what was submitted and graded alone.
     Raises UsageError for a folder that holds something else, and for a notebook that nbgrader refuses.
     """
-    from nbgrader.apps import NbGraderAPI  # slow
-    from traitlets.config import Config
-
     folder, notebooks = Path(folder), runner.select(names)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MADE).exists())):
         raise UsageError(f"{folder} holds something else than a course: name a new folder, or an empty one")
@@ -45,10 +43,7 @@ def build(folder: str | Path, names: list[str] = ()) -> list[Path]:
             shutil.copyfile(path, folder / "source" / path.stem / path.name)
     except OSError as error:
         raise UsageError(f"cannot write into {folder} ({error.strerror}): make room, or name another folder") from None
-    config = Config(CONFIG)
-    config.CourseDirectory.root = str(folder.resolve())
-    with _tools_on_path():
-        api = NbGraderAPI(config=config)
+    with nbgrader(folder) as api:
         for path in notebooks:
             made = api.generate_assignment(path.stem, force=True, create=True)
             if not made["success"]:
@@ -58,11 +53,26 @@ def build(folder: str | Path, names: list[str] = ()) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _tools_on_path():
-    """nbgrader starts `alembic` by its name; it lies beside this Python, which need not be on the PATH."""
+def nbgrader(folder: Path, **more: dict):
+    """nbgrader's API on the course in a folder, with its settings and further ones: `Autograde={"option": value}`.
+
+    Raises UsageError where the settings cannot be read.
+    """
+    from nbgrader.apps import NbGraderAPI  # slow
+    from traitlets.config import Config
+
+    try:
+        config = Config(json.loads((folder / MADE).read_text(encoding="utf-8")))
+        config.merge(Config(more))
+        config.CourseDirectory.root = str(folder.resolve())
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder / MADE} cannot be read ({error}): mend it, or build a course elsewhere") from None
     before = os.environ.get("PATH", "")
+    # nbgrader starts `alembic` by its name; it lies beside this Python, which need not be on the PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its database
+            yield NbGraderAPI(config=config)
     finally:
         os.environ["PATH"] = before

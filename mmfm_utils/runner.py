@@ -11,6 +11,7 @@ of mmfm_utils and data/, the parameters, the versions): `--resume` keeps a resul
 
 import ast
 import base64
+import contextlib
 import hashlib
 import html
 import io
@@ -19,6 +20,7 @@ import logging
 import os
 import platform
 import re
+import signal
 import symtable
 import sys
 import tempfile
@@ -141,7 +143,7 @@ def _unread(name: str, lines: list[ast.stmt]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- the kernel
-class _Kernel(AsyncKernelManager):
+class Kernel(AsyncKernelManager):
     """A kernel of the Python that runs this, whatever kernelspecs the user has installed."""
 
     @property
@@ -150,17 +152,32 @@ class _Kernel(AsyncKernelManager):
         return KernelSpec(argv=argv, language="python", display_name="Python 3 (ipykernel)")
 
 
-class _Client(PapermillNotebookClient):
+class Client(PapermillNotebookClient):
     """papermill's client; while the kernel lives it watches its memory, and in the end it asks what was left open."""
 
-    peak_mb, at, exit_code = 0.0, 0, None
+    peak_mb, at, exit_code, stopped, group, children = 0.0, 0, None, "", None, frozenset()
+
+    def too_much(self, memory_mb: float, processes: int) -> str:
+        """What the notebook takes beyond its due, for which it is stopped; nothing here, for those who limit it."""
+        return ""
+
+    def execute(self, **options):
+        try:
+            return super().execute(**options)
+        finally:
+            for process in self.children:
+                _kill(process)
+            if self.group and hasattr(os, "killpg"):  # a kernel leads a group, which outlives it
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.group, signal.SIGKILL)
 
     def execute_cell(self, cell, index, **more):
         self.at = index
         return super().execute_cell(cell, index, **more)
 
     def papermill_execute_cells(self):
-        kernel, done, self.children = psutil.Process(self.km.provisioner.pid), threading.Event(), set()
+        kernel, done = psutil.Process(self.km.provisioner.pid), threading.Event()
+        self.group = kernel.pid if self.km.provisioner.pgid == kernel.pid else None
         watch = threading.Thread(target=self._watch, args=(kernel, done), daemon=True)
         _kernels.add(kernel)
         watch.start()
@@ -178,8 +195,6 @@ class _Client(PapermillNotebookClient):
             done.set()
             watch.join()
             _kernels.discard(kernel)
-            for process in self.children:
-                _kill(process)
 
     def _watch(self, kernel: psutil.Process, done: threading.Event) -> None:
         while not done.wait(0.1):
@@ -189,7 +204,11 @@ class _Client(PapermillNotebookClient):
                 now = sum(process.memory_info().rss for process in (kernel, *children)) / 2**20
                 self.peak_mb = max(self.peak_mb, now, findings.peak_mb(kernel.pid))
             except psutil.Error:
-                pass
+                continue
+            if stopped := self.too_much(now, len(children)):
+                self.stopped = stopped
+                for process in (kernel, *children):
+                    _kill(process)
 
 
 def _kill(process: psutil.Process) -> None:
@@ -217,8 +236,9 @@ def usual_jobs(profile: str, write: bool) -> int:
     return max(1, min(4, cores(), int(psutil.virtual_memory().available / 3e9)))
 
 
-def _environment(task: dict, folder: str) -> dict:
-    share = 1 if task["profile"] == "tiny" else cores() // task["jobs"]  # more threads slow tiny models down
+def environment(folder: str, profile: str = "tiny", jobs: int = 1) -> dict:
+    """What is set for every kernel: how many threads it may have, where its records go, nothing of the user's own."""
+    share = 1 if profile == "tiny" else cores() // jobs  # more threads slow tiny models down
     threads = max(1, min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
     pools = dict.fromkeys((f"{pool}_NUM_THREADS" for pool in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")), str(threads))
     path = filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])
@@ -229,16 +249,16 @@ def _environment(task: dict, folder: str) -> dict:
         "PYTHONHASHSEED": "0",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
-    return os.environ | pools | fixed | ({} if task["profile"] == "hub" else {"HF_HUB_OFFLINE": "1"})
+    return pools | fixed | ({} if profile == "hub" else {"HF_HUB_OFFLINE": "1"})
 
 
 def errors(nb) -> list[str]:
     """`cell 7: AssertionError: message` for every error in the outputs, also where papermill would forgive it."""
     found = [(n, o) for n, cell in enumerate(code_cells(nb), 1) for o in cell.outputs if o.output_type == "error"]
-    return [f"cell {number}: {output.ename}: {_line(output.evalue)}" for number, output in found]
+    return [f"cell {number}: {output.ename}: {first_line(output.evalue)}" for number, output in found]
 
 
-def _line(text="") -> str:
+def first_line(text="") -> str:
     """The first line of a message, without colours."""
     return (re.sub(r"\x1b\[[\d;]*m", "", str(text)).strip().splitlines() or [""])[0][:200]
 
@@ -271,10 +291,10 @@ def _execute(nb, task: dict, folder: str) -> dict:
     nb = parameterize_notebook(nb, task["parameters"], kernel_name="python3", language="python")
     manager = NotebookExecutionManager(nb, progress_bar=False)
     manager.notebook_start()
-    client = _Client(
+    client = Client(
         manager,
         kernel_name="python3",
-        kernel_manager_class=_Kernel,
+        kernel_manager_class=Kernel,
         log=LOG,
         timeout=task["cell_timeout"],
         startup_timeout=120,
@@ -284,26 +304,31 @@ def _execute(nb, task: dict, folder: str) -> dict:
         store_widget_state=False,
     )
     stopped, log = "", Path(folder) / "kernel.log"
+    env = os.environ | environment(folder, task["profile"], task["jobs"])
     try:
         with log.open("wb") as stderr:
             cwd = task["folder"] if Path(task["folder"]).is_dir() else folder
-            client.execute(env=_environment(task, folder), cwd=cwd, stderr=stderr)
+            client.execute(env=env, cwd=cwd, stderr=stderr)
     except CellTimeoutError as error:
         stopped = f"ran longer than {task['cell_timeout']} s: make it smaller, or raise --cell-timeout"
         stopped = "its output did not arrive: run it again" if "IOPub" in str(error) else stopped
     except DeadKernelError:
-        code = client.exit_code
-        how = f"killed by signal {-code}" if code and code < 0 else f"exit code {code}"
-        stopped = f"the kernel died ({how}{': out of memory?' if code == -9 else ''})"
+        stopped = f"the kernel died ({how(client.exit_code)})"
     except Exception as error:  # the kernel did not start, or papermill itself failed
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        stopped = f"{type(error).__name__}: {_line(error)} {_line(*last)}".strip()
+        stopped = f"{type(error).__name__}: {first_line(error)} {first_line(*last)}".strip()
     records = Path(folder) / "records.json"
     records = json.loads(records.read_text()) if records.exists() else {}
     problems = _check_run(nb, client.at, stopped, records, task)
     nb.metadata.papermill = {"parameters": task["parameters"]}
     kept = {key: records[key] for key in ("rows", "metrics", "device") if key in records}
     return kept | {"problems": problems, "peak_mb": round(client.peak_mb, 1), "executed": nbformat.writes(nb)}
+
+
+def how(code: int | None) -> str:
+    """How a kernel ended, from its exit code."""
+    told = f"killed by signal {-code}" if code and code < 0 else f"exit code {code}"
+    return told + (": out of memory?" if code == -9 else "")
 
 
 def _check_run(nb, at: int, stopped: str, records: dict, task: dict) -> list[str]:
@@ -470,7 +495,7 @@ def make_executor(name: str, jobs: int) -> Executor:
     try:
         return Client("tcp://" + name.removeprefix("dask://"), timeout=10).get_executor()
     except (OSError, ValueError) as error:
-        raise UsageError(f"no Dask scheduler answers at {name}: start one there ({_line(error)})") from None
+        raise UsageError(f"no Dask scheduler answers at {name}: start one there ({first_line(error)})") from None
 
 
 def missing(needs: dict, profile: str, inventory: list[dict]) -> dict[str, str]:
@@ -589,7 +614,7 @@ def outcome(future: Future, task: dict) -> dict:
     try:
         return future.result()
     except Exception as error:  # a lost worker, a full temporary folder
-        return blank(task, f"{type(error).__name__}: {_line(error)}")
+        return blank(task, f"{type(error).__name__}: {first_line(error)}")
 
 
 def settle(result: dict, task: dict) -> dict:

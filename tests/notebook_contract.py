@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 
 from mmfm_utils import UsageError, findings, runner
+from mmfm_utils.exercises import exercises, is_solution, is_test, place, python_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -59,21 +60,8 @@ def code_cells(nb):
     return list(enumerate(runner.code_cells(nb), 1))
 
 
-def place(nb, i):
-    """The name of the cell at an index of the notebook: `cell 7`, or `the Markdown after cell 7`."""
-    before = len(runner.code_cells(nbformat.from_dict({"cells": nb.cells[:i]})))
-    if nb.cells[i].cell_type == "code":
-        return f"cell {before + bool(nb.cells[i].source.strip())}"
-    return f"the Markdown after cell {before}" if before else "the Markdown at the top"
-
-
 def tags(cell):
     return cell.metadata.get("tags", [])
-
-
-def python_of(source):
-    """The cell without lines that only IPython understands, each in its place."""
-    return "\n".join("pass" if re.match(r"\s*[%!?]", line) else line for line in source.splitlines())
 
 
 def trees(nb, skip_parameters=False):
@@ -147,24 +135,6 @@ def png_size(data):
             break
         at += 12 + length
     return width, height, dpi
-
-
-def is_solution(cell):
-    return cell.cell_type == "code" and bool(cell.metadata.get("nbgrader", {}).get("solution"))
-
-
-def is_test(cell):
-    return cell.cell_type == "code" and bool(cell.metadata.get("nbgrader", {}).get("grade"))
-
-
-def exercises(nb):
-    """[(index of the solution cell, index of its test cell or None)]: the test is the next code cell."""
-    found = []
-    for i, cell in enumerate(nb.cells):
-        if is_solution(cell):
-            after = next((j for j, other in enumerate(nb.cells) if j > i and other.cell_type == "code"), None)
-            found.append((i, after if after is not None and is_test(nb.cells[after]) else None))
-    return found
 
 
 # ---- the source --------------------------------------------------------------------------------------------------

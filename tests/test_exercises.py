@@ -10,18 +10,21 @@ import pytest
 from nbgrader.nbgraderformat import MetadataValidator
 from nbgrader.preprocessors import CheckCellMetadata
 
-from tests import exercises, toy_notebook
-from tests.notebook_contract import notebooks
+from mmfm_utils import cli, exercises
+from tests import toy_notebook
+from tests.notebook_contract import ROOT, notebooks
 from tests.toy_notebook import WRONG, toy
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
 def test_exercises_of(path):
-    """The stub fails, each wrong answer is told what is wrong, the reference passes, and no other cell fails."""
+    """The stub fails, each wrong answer is told what is wrong, the reference passes, and no other cell fails.
+
+    Up to the last exercise; tests/test_whole.py executes every notebook to its end.
+    """
     start = time.perf_counter()
     nb = nbformat.read(path, as_version=4)
-    wrong = exercises.wrong_answers(exercises.WRONG_ANSWERS / f"{path.stem}.py")
-    found = exercises.check(nb, path.stem, wrong)
+    found = exercises.check(nb, path.stem, exercises.wrong_answers(path.stem), path.parent, whole=False)
     assert not found, f"{path.name} ({time.perf_counter() - start:.0f} s):\n" + "\n".join(found)
 
 
@@ -34,14 +37,14 @@ def test_nbgrader_accepts(path):
 
 def test_wrong_answers_belong_to_a_notebook():
     known = {path.stem for path in notebooks()}
-    assert {path.stem for path in exercises.WRONG_ANSWERS.glob("*.py")} <= known
+    assert {path.stem for path in (ROOT / "tests" / "wrong_answers").glob("*.py")} <= known
 
 
 # ---- the harness -------------------------------------------------------------------------------------------------
 
 
 def complaints(tmp_path, nb=None, wrong=WRONG):
-    return "\n".join(exercises.check(nb or toy(), toy_notebook.NAME, wrong, tmp_path))
+    return "\n".join(exercises.check(nb or toy(), toy_notebook.NAME, wrong, tmp_path, whole=False))
 
 
 def changed(grade_id, before, after):
@@ -57,10 +60,12 @@ def test_a_good_notebook_passes(tmp_path):
     assert complaints(tmp_path) == ""
 
 
-def test_it_stops_after_the_last_exercise(tmp_path):
+def test_the_cells_after_the_last_exercise_run_too_unless_told_otherwise(tmp_path):
     nb = toy()
     nb.cells[12].source = "raise SystemExit"
     assert complaints(tmp_path, nb) == ""
+    (found,) = exercises.check(nb, toy_notebook.NAME, WRONG, tmp_path)
+    assert found.startswith("cell 8 fails: SystemExit")
 
 
 def test_a_notebook_without_exercises_is_not_run(tmp_path):
@@ -137,17 +142,30 @@ def test_a_failure_elsewhere_is_told_with_its_cell(tmp_path):
 
 
 def test_wrong_answers_that_are_missing(tmp_path):
-    assert exercises.wrong_answers(tmp_path / "none.py") == {}
+    assert exercises.wrong_answers("none") == {}
     found = complaints(tmp_path, wrong={})
     assert found.count("0 wrong answers in tests/wrong_answers/01_toy.py; 2 are needed") == 2
     assert "1 wrong answers" in complaints(tmp_path, wrong={**WRONG, "ex1-double": WRONG["ex1-double"][:1]})
     assert "wrong answers to 'ex7', which is no exercise here" in complaints(tmp_path, wrong={**WRONG, "ex7": []})
 
 
-def test_wrong_answers_are_read_from_a_file(tmp_path):
-    file = tmp_path / "01_toy.py"
-    file.write_text(f"WRONG = {WRONG!r}\n")
-    assert exercises.wrong_answers(file) == WRONG
+def test_the_command_reads_the_wrong_answers_and_says_how_each_notebook_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MMFM_ROOT", str(tmp_path))
+    for folder in ("notebooks", "tests/wrong_answers"):
+        (tmp_path / folder).mkdir(parents=True)
+    good, bad = toy(), changed("test-ex2-total", "assert total(numbers) == 2 * sum(numbers)", "assert True")
+    for name, nb in (("01_toy", good), ("02_toy", bad)):
+        nb.cells[12].source = "total(numbers)"
+        nbformat.write(nb, tmp_path / "notebooks" / f"{name}.ipynb")
+        (tmp_path / "tests/wrong_answers" / f"{name}.py").write_text(f"WRONG = {WRONG!r}\n")
+    assert exercises.wrong_answers("01_toy") == WRONG
+    assert cli.main(["course", "check", "01"]) == 0
+    assert "01_toy: 2 exercises, 4 wrong answers, as they should be (" in capsys.readouterr().out
+    assert cli.main(["course", "check"]) == 1
+    told = capsys.readouterr().out
+    assert "02_toy: 2 exercises, 4 wrong answers, 3 complaints (" in told
+    assert "  ex2-total: the wrong answer 'not doubled' passes the test" in told
+    assert cli.main(["course", "check", "03"]) == 2
 
 
 def test_an_exercise_without_a_test_cell(tmp_path):

@@ -22,11 +22,11 @@ RECIPES = sorted((ROOT / "data").rglob("*.py"))
 # From the ground up: a module imports from floors below its own, and from nowhere else in the package.
 FLOORS = [
     "training", "scenes", "texts", "hooks", "anatomy", "models", "oracle", "metrics", "plots", "findings", "runner",
-    "course", "cli",
+    "course", "exercises", "grading", "cli",
 ]  # fmt: skip
 # Below, and still none of their business.
 UNKNOWN_TO = {"metrics": {"models"}, "plots": {"models"}, "findings": {"models"}}
-MAX_LINES = 5200  # docstrings and comments included, which are a quarter of them
+MAX_LINES = 6100  # docstrings and comments included, which are a quarter of them
 # What the notebooks teach is written out in the notebooks: no function or class of the package bears these in its name.
 METHODS = [
     "ablate", "ablation", "attribution", "decompose", "decomposition", "gradcam", "integrated_gradients", "knockout",
@@ -39,6 +39,7 @@ BROUGHT_BY = {
     "resvg_py": "resvg-py", "IPython": "ipywidgets", "traitlets": "ipywidgets", "nbformat": "papermill",
     "nbclient": "papermill", "jupyter_client": "papermill", "tokenizers": "transformers",
     "packaging": "transformers", "huggingface_hub": "transformers", "scipy": "scikit-learn", "nbconvert": "nbgrader",
+    "zmq": "papermill",
 }  # fmt: skip
 OPTIONAL = {"dask", "distributed"}  # only with `--executor dask://...`, by those who have a cluster
 

@@ -198,7 +198,8 @@ def test_result_of_a_notebook(broken):
     result = broken.read("a_good.json")
     assert result["status"] == "ok" and result["parameters"] == {"profile": "tiny", "device": "auto"}
     assert result["metrics"][0]["value"] == 1  # thread: with tiny models more of them are slower
-    assert 200 < result["peak_mb"] < 400 and result["seconds"] > 0 and result["versions"]["papermill"]
+    assert 150 < result["peak_mb"] < 400  # of which it held 143 for a moment
+    assert result["seconds"] > 0 and result["versions"]["papermill"]
     executed = nbformat.read(broken.folder / "results/tiny/a_good.ipynb", as_version=4)
     assert [c.execution_count for c in executed.cells if c.cell_type == "code"] == list(range(1, 9))
     assert "injected-parameters" in executed.cells[2].metadata.tags
@@ -436,4 +437,4 @@ def test_how_many_at_once(monkeypatch):
 def test_threads_of_a_kernel(monkeypatch, profile, own, threads):
     monkeypatch.setattr(runner, "cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", own)
-    assert runner._environment({"profile": profile, "jobs": 2}, "")["OMP_NUM_THREADS"] == str(threads)
+    assert runner.environment("", profile, jobs=2)["OMP_NUM_THREADS"] == str(threads)

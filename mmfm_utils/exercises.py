@@ -1,7 +1,7 @@
 """Exercises: the stub fails, the wrong answers fail with the right words, the reference passes, and nothing else fails.
 
-`python -m tests.exercises [NOTEBOOK ...]` tells how the exercises of a notebook stand; tests/test_exercises.py asserts
-it for all. The wrong answers to the exercises of notebooks/NAME.ipynb stand in tests/wrong_answers/NAME.py:
+`mmfm course check [NAME ...]` tells how the exercises of the notebooks stand. The wrong answers to those of
+notebooks/NAME.ipynb stand in tests/wrong_answers/NAME.py:
 
     WRONG = {
         "ex1-direct-effect": [
@@ -17,8 +17,8 @@ A key is the grade_id of a solution cell. Each wrong answer is a name for it, a 
 message must match, and what a student would have written between `### BEGIN SOLUTION` and `### END SOLUTION`, at any
 indentation: it is moved to where the marker stands. At least two for every exercise.
 
-A notebook's code cells run once, in order, in this process, up to the last test cell. At each exercise everything that
-a trial has named or drawn at random is put back, so that the next trial and the notebook itself see none of it.
+A notebook's code cells run once, in order, in this process. At each exercise everything that a trial has named or drawn
+at random is put back, so that the next trial and the notebook itself see none of it.
 """
 
 import contextlib
@@ -31,7 +31,6 @@ import re
 import runpy
 import sys
 import textwrap
-import time
 import traceback
 import types
 from copy import deepcopy
@@ -46,12 +45,41 @@ import torch
 from nbgrader.preprocessors import ClearHiddenTests, ClearSolutions
 from traitlets.config import Config
 
-from mmfm_utils import findings
-from mmfm_utils.course import CONFIG, STUB_SAYS
-from tests.notebook_contract import NOTEBOOKS, exercises, is_test, notebooks, place, python_of
+from . import findings, runner
+from .course import CONFIG, STUB_SAYS
 
-WRONG_ANSWERS = Path(__file__).resolve().parent / "wrong_answers"
 LEAST = 2  # wrong answers for each exercise
+
+
+def place(nb, i):
+    """The name of the cell at an index of the notebook: `cell 7`, or `the Markdown after cell 7`."""
+    before = len(runner.code_cells(nbformat.from_dict({"cells": nb.cells[:i]})))
+    if nb.cells[i].cell_type == "code":
+        return f"cell {before + bool(nb.cells[i].source.strip())}"
+    return f"the Markdown after cell {before}" if before else "the Markdown at the top"
+
+
+def python_of(source):
+    """The cell without lines that only IPython understands, each in its place."""
+    return "\n".join("pass" if re.match(r"\s*[%!?]", line) else line for line in source.splitlines())
+
+
+def is_solution(cell):
+    return cell.cell_type == "code" and bool(cell.metadata.get("nbgrader", {}).get("solution"))
+
+
+def is_test(cell):
+    return cell.cell_type == "code" and bool(cell.metadata.get("nbgrader", {}).get("grade"))
+
+
+def exercises(nb):
+    """[(index of the solution cell, index of its test cell or None)]: the test is the next code cell."""
+    found = []
+    for i, cell in enumerate(nb.cells):
+        if is_solution(cell):
+            after = next((j for j, other in enumerate(nb.cells) if j > i and other.cell_type == "code"), None)
+            found.append((i, after if after is not None and is_test(nb.cells[after]) else None))
+    return found
 
 
 def assignment(nb):
@@ -153,13 +181,18 @@ def is_stub(error):
     return False
 
 
-def wrong_answers(path):
-    """{grade_id: [(name, pattern, answer)]} of a file in tests/wrong_answers, or nothing where there is none."""
+def wrong_answers(name):
+    """{grade_id: [(name, pattern, answer)]} of tests/wrong_answers/NAME.py, or nothing where there is none."""
+    path = findings.root() / "tests" / "wrong_answers" / f"{name}.py"
     return runpy.run_path(str(path))["WRONG"] if path.exists() else {}
 
 
-def check(nb, name, wrong, folder=NOTEBOOKS):
-    """What is wrong with the exercises of a notebook, in plain words."""
+def check(nb, name, wrong, folder, whole=True):
+    """What is wrong with the exercises of a notebook, in plain words.
+
+    The cells after the last exercise run too, so that the reference is known to carry the notebook to its end; without
+    `whole` they do not, which is for those who execute the notebook anyway.
+    """
     pairs = exercises(nb)
     if not pairs and not wrong:
         return []
@@ -177,7 +210,7 @@ def check(nb, name, wrong, folder=NOTEBOOKS):
         return [str(error)]
     session, tests = Session(name), dict(pairs)
     with surroundings(session, folder):
-        for i, cell in enumerate(nb.cells[: max(tests.values()) + 1]):
+        for i, cell in enumerate(nb.cells if whole else nb.cells[: max(tests.values()) + 1]):
             if cell.cell_type != "code":
                 continue
             here = place(nb, i)
@@ -217,21 +250,3 @@ def _verdict(outcome, pattern):
     if not re.search(pattern, str(error)):
         return [f"is told {str(error)[:300]!r}, which does not match {pattern!r}"]
     return []
-
-
-def main(arguments):
-    paths = [Path(a) for a in arguments] or notebooks()
-    bad = 0
-    for path in paths:
-        start = time.perf_counter()
-        nb = nbformat.read(path, as_version=4)
-        found = check(nb, path.stem, wrong_answers(WRONG_ANSWERS / f"{path.stem}.py"), path.resolve().parent)
-        bad += bool(found)
-        seconds = time.perf_counter() - start
-        print(f"{path.name}: {len(exercises(nb))} exercises, {len(found)} complaints, {seconds:.0f} s")
-        print("".join(f"  {complaint}\n" for complaint in found), end="")
-    return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
