@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-import zmq.asyncio
+import zmq
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor
 from nbconvert.preprocessors.sanitize import SanitizeHTML
@@ -118,10 +118,10 @@ class _Kernel(runner.Kernel):
         spec.argv, spec.interrupt_mode = [*self.wall, *spec.argv, *orphan], "message"
         return spec
 
-    def _context_default(self):
-        context = super()._context_default()
-        context.setsockopt(zmq.MAXMSGSIZE, 2 * OUTPUT)  # a gigabyte in one message never gets into this process
-        return context
+    def client(self, **options):
+        made = super().client(**options)
+        made.context.setsockopt(zmq.MAXMSGSIZE, 2 * OUTPUT)  # a gigabyte in one message never gets into this process
+        return made
 
 
 class _Client(runner.Client):
@@ -184,7 +184,7 @@ def execute(nb, limits: Limits, hidden: list[Path] | None) -> dict:
             log=runner.LOG,
             timeout=limits.cell_timeout,
             startup_timeout=120,
-            iopub_timeout=15,
+            iopub_timeout=10,
             interrupt_on_timeout=True,
             error_on_timeout={"ename": "Stopped", "evalue": "interrupted", "traceback": []},
             allow_errors=True,

@@ -194,6 +194,21 @@ def test_a_gigabyte_in_one_go_is_stopped(hostile):
     assert len(hostile.page("prints")) < 5_000_000
 
 
+def test_a_message_that_is_too_large_never_gets_into_the_grader(toys, monkeypatch):
+    seen, take = [], grading._Client.process_message
+
+    def process_message(self, msg, *more):
+        seen.append(len(str(msg)))
+        return take(self, msg, *more)
+
+    monkeypatch.setattr(grading, "OUTPUT", 100_000)
+    monkeypatch.setattr(grading._Client, "process_message", process_message)
+    toys.hand_in("ada", ex2="print('x' * 10**7)")
+    row = toys.grade()[1]["ada"]
+    assert (row["status"], row["points"]) == ("stopped", "2") and "printed too much at once" in row["notes"]
+    assert 0 < max(seen) < 200_000
+
+
 def test_processes_end_with_the_kernel(hostile):
     row = hostile.table["forks"]
     assert row["status"] == "stopped" and "started more than 100 processes" in row["notes"]
