@@ -31,14 +31,11 @@ from pathlib import Path
 import nbformat
 import zmq
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
-from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor
-from nbconvert.preprocessors.sanitize import SanitizeHTML
 from nbgrader.api import Gradebook, MissingEntry
 from nbgrader.preprocessors import (
     AssignLatePenalties,
     CheckCellMetadata,
     ClearOutput,
-    GetGrades,
     LimitOutput,
     NbGraderPreprocessor,
     OverwriteCells,
@@ -246,8 +243,14 @@ def _clean(output, of_test: bool):
 def restore(nb, released) -> list[str]:
     """Put the tests of the released notebook back into a submission, and say which were not as they should be.
 
-    Exercises that were deleted come back empty; other cells, and what stands in the exercises, stay as they are.
+    Exercises that were deleted come back empty; other cells, and what stands in the exercises, stay as they are. But
+    text that students wrote is shown as it was typed: as Markdown it could run scripts in a teacher's browser.
     """
+    given = {cell.source for cell in released.cells if cell.cell_type == "markdown"}
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type != "code" and cell.source not in given:
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", cell.source)), default=0))
+            nb.cells[i] = nbformat.v4.new_markdown_cell(f"{fence}text\n{cell.source}\n{fence}", metadata=cell.metadata)
     theirs, notes, at = {}, [], 0
     for cell in nb.cells:
         mark = cell.metadata.pop("nbgrader", None)
@@ -455,13 +458,8 @@ def _grade(folder: Path, student: str, name: str, content: str, limits: Limits, 
         "sanitize_preprocessors": [ClearOutput, Restore, OverwriteKernelspec, OverwriteCells, CheckCellMetadata],
         "autograde_preprocessors": [Execute, LimitOutput, SaveAutoGrades, AssignLatePenalties, CheckCellMetadata],
     }
-    more = {
-        "Autograde": steps,
-        "GenerateFeedback": {"preprocessors": [GetGrades, SanitizeHTML, CSSHTMLHeaderPreprocessor]},
-        "SanitizeHTML": {"enabled": True},  # the page runs nothing that a student wrote
-        "CourseDirectory": {"ignore": ["*"]},  # only the notebook is taken, whatever lies beside it
-    }
-    with course.nbgrader(folder, **more) as api:
+    alone = {"ignore": ["*"]}  # only the notebook is taken, whatever lies beside it
+    with course.nbgrader(folder, Autograde=steps, CourseDirectory=alone) as api:
         for step in (api.autograde, api.generate_feedback):
             done = step(name, student, force=True)
             if "KeyboardInterrupt" in done.get("error", ""):

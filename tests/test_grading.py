@@ -3,6 +3,7 @@
 import copy
 import csv
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -341,15 +342,23 @@ def test_warnings_cost_nothing_and_helpers_in_cells_of_their_own_are_kept(toys):
 
 def test_neither_page_nor_table_runs_what_a_student_wrote(toys):
     def scripts(nb):
-        nb.cells.insert(0, nbformat.v4.new_markdown_cell("<script>alert('M')</script><img src=x onerror=alert('I')>"))
+        given = nbformat.v4.new_markdown_cell("<details><summary>Hint</summary>\n\nNone\n\n</details>")
+        text = (
+            "<script>alert('M')</script><img src=x onerror=alert('I')> [a](javascript:alert('L'))\n```\n<b>\n````\n<i>"
+        )
         display = "from IPython.display import HTML, display\ndisplay(HTML('<script>alert(\"' + 'O' + '\")</script>'))"
-        nb.cells.insert(1, nbformat.v4.new_code_cell(display))
+        nb.cells[:0] = [given, nbformat.v4.new_markdown_cell(text), nbformat.v4.new_raw_cell(text)]
+        nb.cells.insert(3, nbformat.v4.new_code_cell(display))
 
+    released = nbformat.read(toys.released, 4)
+    released.cells.insert(0, nbformat.v4.new_markdown_cell("<details><summary>Hint</summary>\n\nNone\n\n</details>"))
+    nbformat.write(released, toys.released)
     toys.hand_in("=1+1", change=scripts)
     _, rows = toys.grade()
     assert rows["'=1+1"]["points"] == "4"
     page = toys.page("=1+1")
-    assert "<script>alert" not in page and "<img src=x onerror" not in page and '<img src="x" onerror' not in page
+    assert "<details><summary>Hint</summary>" in page  # what teachers wrote stays
+    assert not re.search(r"<script[^>]*>alert|<img[^>]* onerror|href=.javascript|<b>\n|<i>", page)
 
 
 def test_nbgraders_own_layout_in_the_course_itself(toys):
