@@ -462,7 +462,9 @@ def _grade(folder: Path, student: str, name: str, content: str, limits: Limits, 
     with course.nbgrader(folder, Autograde=steps, CourseDirectory=alone) as api:
         for step in (api.autograde, api.generate_feedback):
             done = step(name, student, force=True)
-            if "KeyboardInterrupt" in done.get("error", ""):
+            if (
+                done.get("error", "").rstrip().rsplit("\n", 1)[-1].startswith("KeyboardInterrupt")
+            ):  # nbgrader catches it
                 raise KeyboardInterrupt
             if not done["success"]:
                 why = re.findall(r"^\s*([\w.]+: .+)$", done.get("log", "") + done["error"], re.M)
