@@ -50,7 +50,7 @@ def parser() -> Parser:
     command.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="two ledger.json, or folders that hold one")
     command.set_defaults(call=report)
 
-    command = commands.add_parser("course", help="make an nbgrader course of the notebooks", allow_abbrev=False)
+    command = commands.add_parser("course", help="make, check and grade an nbgrader course", allow_abbrev=False)
     steps = command.add_subparsers(dest="step", required=True, metavar="STEP")
     step = steps.add_parser("build", help="write source/ and release/ of an nbgrader course", allow_abbrev=False)
     step.add_argument("folder", metavar="DIR")
@@ -61,11 +61,13 @@ def parser() -> Parser:
     step.set_defaults(call=check)
     step = steps.add_parser("grade", help="grade what students handed in, a table and feedback", allow_abbrev=False)
     step.add_argument("submissions", metavar="SUBMISSIONS", help="a folder with STUDENT/NAME.ipynb")
-    step.add_argument("names", nargs="*", metavar="NAME", help="assignments; none: all")
+    step.add_argument("names", nargs="*", metavar="NAME", help="a name, or the start of one; none: all")
     step.add_argument("--course", metavar="DIR", help="what `build` made (else the folder that holds SUBMISSIONS)")
-    step.add_argument("--cell-timeout", type=int, default=300, metavar="SECONDS", help="then a cell is interrupted")
-    step.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="for a submission")
-    step.add_argument("--memory", type=int, default=4000, metavar="MB", help="for a submission")
+    step.add_argument(
+        "--cell-timeout", type=int, default=300, metavar="SECONDS", help="then a cell is interrupted (300)"
+    )
+    step.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="for a submission (1800)")
+    step.add_argument("--memory", type=int, default=4000, metavar="MB", help="for a submission (4000)")
     step.add_argument("--no-sandbox", action="store_true", help="run students' code as you, where nothing can be lost")
     step.add_argument("--again", action="store_true", help="also what was graded before")
     step.set_defaults(call=grade)
@@ -107,9 +109,9 @@ def build(args) -> int:
 def check(args) -> int:
     from . import exercises  # slow
 
-    say("Checking exercises; every notebook runs in this process, and nothing is written")
-    bad = 0
-    for path in runner.select(args.names):
+    paths, bad = runner.select(args.names), 0
+    say(f"Checking the exercises of {len(paths)} notebooks; nothing is written")
+    for path in paths:
         begun, nb, wrong = time.perf_counter(), runner.read(path), exercises.wrong_answers(path.stem)
         found = exercises.check(nb, path.stem, wrong, path.resolve().parent)
         bad += bool(found)

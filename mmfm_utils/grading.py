@@ -357,14 +357,13 @@ def grade(submissions, names=(), folder=None, limits: Limits | None = None, sand
     be had.
     """
     submissions, limits = Path(submissions), limits or Limits()
+    if min(limits.cell_timeout, limits.timeout, limits.memory_mb) < 1:
+        raise UsageError(f"{limits}: each must be above 0")
     folder = Path(folder) if folder else submissions.parent
     if not (folder / course.MADE).exists():
         raise UsageError(f"{folder} is no course: make one with `mmfm course build DIR`, and say --course DIR")
     known = sorted(path.name for path in (folder / "release").glob("*") if (path / f"{path.name}.ipynb").is_file())
-    for name in names:
-        if name not in known:
-            raise UsageError(f"no assignment {name!r} in {folder}{nearest(name, known)}")
-    todo = handed_in(submissions, names)
+    todo = handed_in(submissions, [_named(name, known) for name in names])
     if sandbox:
         check_wall()
     say("Students' code runs behind a wall (bubblewrap)" if sandbox else f"No wall: {OPEN}")
@@ -399,6 +398,15 @@ def grade(submissions, names=(), folder=None, limits: Limits | None = None, sand
     say(f"{len(table)} submissions, {len(bad)} of them with trouble")
     say(f"points: {folder / TABLE}; pages for students: {folder / 'feedback'}")
     return 1 if bad else 0
+
+
+def _named(name: str, known: list[str]) -> str:
+    """The assignment that a name, or the start of one, stands for."""
+    fits = [each for each in known if each == name] or [each for each in known if each.startswith(name)]
+    if len(fits) != 1:
+        told = f"{name!r} fits {', '.join(fits)}" if fits else f"no assignment {name!r} in the course"
+        raise UsageError(told + nearest(name, known) * (not fits))
+    return fits[0]
 
 
 def _take(path: Path, submissions: Path, folder: Path, known: list[str]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ import copy
 import csv
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -367,7 +368,7 @@ def test_nbgraders_own_layout_in_the_course_itself(toys):
     place.parent.mkdir(parents=True)
     path.rename(place)
     (place.parent / "huge.bin").symlink_to("/dev/zero")  # would never end if it were copied
-    assert grading.grade(toys.folder / "submitted", [NAME], limits=LIMITS, sandbox=False) == 0
+    assert grading.grade(toys.folder / "submitted", ["01"], limits=LIMITS, sandbox=False) == 0
     assert toys.rows()["ada"]["points"] == "4"
 
 
@@ -378,11 +379,15 @@ def test_requests_that_cannot_be_met(toys, tmp_path, monkeypatch, capsys):
 
     assert "is no course: make one with `mmfm course build DIR`" in told(tmp_path / "gone")
     there = ["--course", toys.folder, "--no-sandbox"]
+    assert "memory_mb=0): each must be above 0" in told(tmp_path / "gone", *there, "--memory", 0)
     assert "no folder" in told(tmp_path / "gone", *there)
     toys.submissions.mkdir()
     assert "nothing is handed in" in told(toys.submissions, *there)
     toys.hand_in("ada")
     assert "no assignment '01_toi'" in (text := told(toys.submissions, "01_toi", *there)) and "nearest: 01_toy" in text
+    shutil.copytree(toys.folder / "release" / NAME, toys.folder / "release" / "01_tie")
+    (toys.folder / "release" / "01_tie" / f"{NAME}.ipynb").rename(toys.folder / "release" / "01_tie" / "01_tie.ipynb")
+    assert "'01_t' fits 01_tie, 01_toy" in told(toys.submissions, "01_t", *there)
     monkeypatch.setenv("PATH", str(tmp_path))
     text = told(toys.submissions, "--course", toys.folder)
     assert "bubblewrap cannot wall off students' code here (it is not installed)" in text and "--no-sandbox" in text
