@@ -50,6 +50,7 @@ from .findings import COLOURS, nearest, shown, write_atomic
 MAGICS = ("matplotlib", "config")  # the others hide failures, or reach outside the notebook
 SHELLS = ("system", "getoutput", "run_line_magic", "run_cell_magic", "run_cell")  # what IPython turns them into
 PACKAGES = "torch torchvision transformers diffusers open_clip_torch captum scikit-learn numpy matplotlib papermill"
+MARKS = dict(zip(findings.VERDICTS, "✓≈✗–", strict=True))  # of verdicts, for those who do not tell colours apart
 READY = ("intact", "from config", "cached")  # of the states that models.inventory knows
 LIMIT_KB = 500  # of a committed notebook
 MEASURED = re.compile(r"(<!--measured-->).*?(<!--/measured-->)", re.S)  # `--write` puts seconds and memory between
@@ -762,7 +763,7 @@ def show(folder: Path) -> Path | None:
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:12px;color:#222;background:#fff}
 table{border-collapse:collapse;width:100%}td{overflow-wrap:anywhere}
 th,td{text-align:left;vertical-align:top;padding:4px 8px}
-tr{border-bottom:1px solid #ddd}img{max-width:100%;margin:6px 0}
+tr{border-bottom:1px solid #ddd}a,td:first-child{white-space:nowrap}img{max-width:100%;margin:6px 0}
 @media(max-width:800px){th{display:none}tr{display:block;padding:8px 0}td{display:block;padding:1px 0}
 td:empty{display:none}td::before{content:attr(data-h) ": ";color:#777}}"""
 
@@ -828,16 +829,17 @@ def _map(rows: list[dict], known: dict) -> str:
     """The branches of the taxonomy, one a line, and in the column of each family the verdicts, with links."""
     families = dict.fromkeys(["contrastive", "generative", "diffusion", "language"])
     families |= dict.fromkeys(known[row["id"]].family for row in rows if row["id"] in known)
-    link = '<a href="#{0}" style="color:{1}" title="{2}: {3}">{0}</a> '
+    link = '<a href="#{0}" style="color:{1}" title="{2}: {3}">{0}&nbsp;{4}</a> '
     lines = []
     for notebook in dict.fromkeys(row["notebook"] for row in rows):
         cells = dict.fromkeys(families, "")
         for row in rows:
             if row["notebook"] == notebook and row["id"] in known:
                 told = (html.escape(row["id"]), COLOURS[row["verdict"]], row["verdict"], html.escape(row["claim"]))
+                told += (MARKS[row["verdict"]],)
                 cells[known[row["id"]].family] += link.format(*told)
         lines.append((notebook, *map(_Html, cells.values())))
-    key = ", ".join(f'<b style="color:{colour}">{verdict}</b>' for verdict, colour in COLOURS.items())
+    key = ", ".join(f'<b style="color:{COLOURS[v]}">{MARKS[v]} {v}</b>' for v in findings.VERDICTS)
     return f"<p>{key}</p>" + _table(("notebook", *families), lines)
 
 
