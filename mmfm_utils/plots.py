@@ -111,13 +111,17 @@ def explore(draw: Callable[..., Figure], **controls: widgets.Widget) -> None:
     place = widgets.Output()
 
     def redraw(_change) -> None:
-        figure = draw(**{name: control.value for name, control in controls.items()})
-        with place:
+        with place:  # around `draw` too, or its errors would be seen by nobody
             place.clear_output(wait=True)
+            figure = draw(**{name: control.value for name, control in controls.items()})
             display(figure)
-        plt.close(figure)
+            plt.close(figure)
 
     for name, control in controls.items():
         control.description = control.description or name
+        control.style.description_width = "initial"  # as wide as it is; and so are the choices of a list
+        if isinstance(control, widgets.Dropdown):
+            control.layout.width, control.layout.max_width = "max-content", "100%"
         control.observe(redraw, names="value")
-    display(widgets.VBox([widgets.HBox(list(controls.values())), place]))
+    row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap", "grid_gap": "0 16px"})
+    display(widgets.VBox([row, place]))

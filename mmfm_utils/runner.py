@@ -54,7 +54,20 @@ MARKS = dict(zip(findings.VERDICTS, "✓≈✗–", strict=True))  # of verdicts
 READY = ("intact", "from config", "cached")  # of the states that models.inventory knows
 LIMIT_KB = 500  # of a committed notebook
 MEASURED = re.compile(r"(<!--measured-->).*?(<!--/measured-->)", re.S)  # `--write` puts seconds and memory between
-LEDGER = ("id", "notebook", "claim", "value", "control", "interval", "n", "verdict", "rule", "seconds", "peak_mb")
+LEDGER = (
+    "id",
+    "notebook",
+    "claim",
+    "value",
+    "control",
+    "interval",
+    "n",
+    "verdict",
+    "rule",
+    "seconds",
+    "peak_mb",
+    "why",
+)
 LOG = logging.getLogger("mmfm.kernel")  # what nbclient says is said again, shorter, in the line of the notebook
 LOG.propagate = False
 LOG.addHandler(logging.NullHandler())
@@ -749,11 +762,12 @@ def stored(folder: Path) -> list[dict]:
 
 def show(folder: Path) -> Path | None:
     """Build ledger.json, ledger.md and report.html anew from all the results in a folder."""
-    results = stored(folder)
+    results, known = stored(folder), findings.registry()
     rows = [row for result in results if result["status"] != "failed" for row in result["rows"]]
     try:
-        write_atomic(folder / "ledger.json", json.dumps([{k: row[k] for k in LEDGER} for row in rows], indent=1))
-        write_atomic(folder / "ledger.md", _markdown(rows))
+        lines = [{k: row[k] for k in LEDGER} | _source(known.get(row["id"])) for row in rows]
+        write_atomic(folder / "ledger.json", json.dumps(lines, indent=1))
+        write_atomic(folder / "ledger.md", _markdown(results, rows))
         write_atomic(folder / "report.html", page(folder, results, rows))
         return (folder / "report.html").resolve()
     except OSError as error:
@@ -763,7 +777,8 @@ def show(folder: Path) -> Path | None:
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:12px;color:#222;background:#fff}
 table{border-collapse:collapse;width:100%}td{overflow-wrap:anywhere}
 th,td{text-align:left;vertical-align:top;padding:4px 8px}
-tr{border-bottom:1px solid #ddd}a,td:first-child{white-space:nowrap}img{max-width:100%;margin:6px 0}
+tr{border-bottom:1px solid #ddd}a{white-space:nowrap}img{max-width:100%;margin:6px 0}
+@media(min-width:801px){td:first-child{white-space:nowrap}}
 @media(max-width:800px){th{display:none}tr{display:block;padding:8px 0}td{display:block;padding:1px 0}
 td:empty{display:none}td::before{content:attr(data-h) ": ";color:#777}}"""
 
@@ -812,17 +827,43 @@ def _figure_of(cells: list, id: str) -> int | None:
 HEAD = ("id", "claim", "paper", "reported", "ours", "control", "interval", "verdict")
 
 
+def _source(entry) -> dict:
+    """What the registry says of where a finding comes from."""
+    return {"paper": entry.source() if entry else "", "reported": entry.told() if entry else ""}
+
+
 def _told(row: dict, entry) -> tuple:
     """A finding as the report tells it, without its verdict."""
-    paper = (entry.source(), entry.told()) if entry else ("", "")
-    return row["id"], row["claim"], *paper, *(shown(row[key]) for key in ("value", "control", "interval"))
+    numbers = (shown(row[key]) for key in ("value", "control", "interval"))
+    return row["id"], row["claim"], *_source(entry).values(), *numbers
 
 
-def _markdown(rows: list[dict]) -> str:
-    """The findings as a Markdown table."""
-    known, table = findings.registry(), [HEAD, ["---"] * len(HEAD)]
-    table += [(*_told(row, known.get(row["id"])), row["verdict"]) for row in rows]
-    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in table)
+COST = ("notebook", "status", "reason", "seconds", "peak MB", "device")
+
+
+def _cost(results: list[dict]) -> list[tuple]:
+    """How each notebook ran, and what it took."""
+    return [(r["name"], r["status"], r["reason"], f"{r['seconds']:.1f}", f"{r['peak_mb']:.0f}", r["device"])
+            for r in results]  # fmt: skip
+
+
+def _environment(results: list[dict]) -> list[tuple]:
+    return list((results[-1]["versions"] if results else {}).items())
+
+
+def _markdown(results: list[dict], rows: list[dict]) -> str:
+    """The findings, the notebooks and the environment as Markdown tables."""
+    known = findings.registry()
+    tables = {
+        HEAD: [(*_told(row, known.get(row["id"])), row["verdict"]) for row in rows],
+        COST: _cost(results),
+        ("package", "version"): _environment(results),
+    }
+    text = []
+    for head, lines in tables.items():
+        cells = [[str(cell).replace("|", "\\|") for cell in line] for line in (head, ["---"] * len(head), *lines)]
+        text.append("".join(f"| {' | '.join(line)} |\n" for line in cells))
+    return "\n".join(text)
 
 
 def _map(rows: list[dict], known: dict) -> str:
@@ -861,21 +902,18 @@ def page(folder: Path, results: list[dict], rows: list[dict]) -> str:
         lines.append((_Html(f'<span id="{html.escape(id)}">{html.escape(id)}</span>'), *told, _Html(verdict), figure))
     undone = [entry for entry in known.values() if entry.not_done]
     lines += [(f.id, f.claim, f.source(), f.told(), "", "", "", f"not done: {f.not_done}", "") for f in undone]
-    cost = [(r["name"], r["status"], r["reason"], f"{r['seconds']:.1f}", f"{r['peak_mb']:.0f}", r["device"])
-            for r in results]  # fmt: skip
     numbers = [(r["name"], m["name"], f"{shown(m['value'])} {m['unit']}") for r in results for m in r["metrics"]]
     drawn = [(name, _figures(cells, name)) for name, cells in ran.items()]
     figures = "".join(f"<h3>{html.escape(name)}</h3>{pngs}" for name, pngs in drawn if pngs)
-    environment = list((results[-1]["versions"] if results else {}).items())
     summary = ", ".join(f"{count[v]} {v}" for v in findings.VERDICTS if count[v]) or "none judged"
     states = ", ".join(f"{n} {status}" for status, n in Counter(r["status"] for r in results).items())
     parts = {
         "The map": _map(rows, known),
         "Findings": _table((*HEAD, "figure"), lines),
-        "Notebooks": _table(("notebook", "status", "reason", "seconds", "peak MB", "device"), cost),
+        "Notebooks": _table(COST, _cost(results)),
         "Other numbers": _table(("notebook", "number", "value"), numbers),
         "Figures": figures,
-        "Environment": _table(("package", "version"), environment),
+        "Environment": _table(("package", "version"), _environment(results)),
     }
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

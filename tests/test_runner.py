@@ -214,7 +214,7 @@ def test_traceback_is_kept(broken):
 def test_ledger(broken):
     rows = broken.read("ledger.json")
     assert {row["id"] for row in rows} == {"G1", "V1", "X1"}  # what failed is not to be trusted
-    assert all(tuple(row) == runner.LEDGER for row in rows)
+    assert all(tuple(row) == (*runner.LEDGER, "paper", "reported") for row in rows)
 
 
 def test_report(broken):
@@ -228,9 +228,12 @@ def test_report(broken):
 
 
 def test_ledger_as_markdown(broken):
-    head, rule, *lines = (broken.folder / "results/tiny/ledger.md").read_text().splitlines()
-    assert {line.split(" | ")[0] for line in lines} == {"| G1", "| V1", "| X1"}
-    assert {line.count("|") for line in (head, rule, *lines)} == {len(runner.HEAD) + 1}
+    tables = (broken.folder / "results/tiny/ledger.md").read_text().split("\n\n")
+    found, cost, environment = ([line.split(" | ") for line in table.splitlines()] for table in tables)
+    assert {line[0] for line in found[2:]} == {"| G1", "| V1", "| X1"}
+    assert {len(line) for line in found} == {len(runner.HEAD)}
+    assert ["| a_good", "ok"] in [line[:2] for line in cost] and len(cost) == len(FAILS) + 4
+    assert "| torch" in [line[0] for line in environment]
 
 
 def test_the_figure_of_a_finding():

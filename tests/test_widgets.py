@@ -1,0 +1,403 @@
+"""The widgets as readers meet them, in headless Chromium: in JupyterLab, and on a page without a kernel.
+
+And the report of a run, on a phone. Where Playwright or Chromium is missing these tests are skipped.
+"""
+
+import ast
+import base64
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import symtable
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from nbconvert import HTMLExporter
+from nbformat.v4 import new_code_cell, new_notebook
+
+from mmfm_utils import findings, runner
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROKEN = ("Loading widget", "Error displaying widget", "Click to show javascript error", "VBox(children=")
+ERROR = '.jp-RenderedText:has-text("Traceback (most recent call last)")'
+STDERR = '[data-mime-type="application/vnd.jupyter.stderr"]'
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+# ------------------------------------------------------------------------- a notebook, reduced to what its widget needs
+def widget_cell(nb):
+    """The one code cell that makes a widget."""
+    (cell,) = [cell for cell in runner.code_cells(nb) if "plots.explore(" in cell.source]
+    return cell
+
+
+def names(statement):
+    """What a top-level statement reads, what functions in it will read when called, what it binds, what it changes."""
+    top = symtable.symtable(ast.unparse(statement), "cell", "exec")
+    reads, later, changes, tables = set(), set(), set(), [(top, False)]
+    for table, inner in tables:
+        found = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (table is top or s.is_global())}
+        reads |= found
+        later |= found if inner else set()
+        comprehension = ("listcomp", "setcomp", "dictcomp", "genexpr")  # the only inner scopes that run at once
+        tables += [(child, inner or child.get_name() not in comprehension) for child in table.get_children()]
+    for node in ast.walk(statement):
+        match node:
+            case (
+                ast.Expr(value=ast.Call(func=ast.Attribute() as at))  # `seen.append(x)`
+                | (ast.Attribute(ctx=ast.Store()) as at)
+                | (ast.Subscript(ctx=ast.Store()) as at)
+            ):
+                while isinstance(at, ast.Attribute | ast.Subscript):
+                    at = at.value
+                changes |= {at.id} if isinstance(at, ast.Name) else set()
+    binds = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+    return reads, later, binds, changes
+
+
+def reduced(nb):
+    """A notebook with only those statements on which the cell of its widget depends, and with fewer examples.
+
+    From the widget upwards: a statement is kept if it binds or changes a name that is needed below, and then what it
+    reads is needed above. Parameters and imports, and what stands in a cell with them, are kept as they are.
+    """
+    bodies, end = [], widget_cell(nb)
+    for cell in runner.code_cells(nb)[: runner.code_cells(nb).index(end) + 1]:
+        body = ast.parse(TransformerManager().transform_cell(cell.source)).body
+        whole = cell is end or "parameters" in runner.tags(cell) or any(isinstance(s, IMPORT) for s in body)
+        bodies.append([(statement, whole, *names(statement)) for statement in body])
+    imported, when_called, needed, kept = set(), {}, set(), []
+    for statement, _, _, later, binds, _ in sum(bodies, []):
+        imported |= binds if isinstance(statement, IMPORT) else set()
+        for name in binds:
+            when_called[name] = when_called.get(name, set()) | later
+    for body in reversed(bodies):
+        lines = []
+        for statement, whole, reads, _, binds, changes in reversed(body):
+            if whole or needed & (binds | changes - imported):
+                needed -= set() if isinstance(statement, ast.If) else binds
+                reach = list(reads)
+                for name in reach:
+                    reach += when_called.get(name, set()).difference(reach)
+                needed |= set(reach)
+                lines.insert(0, ast.unparse(fewer(statement)))
+        kept[:0] = [new_code_cell("\n".join(lines))] if lines else []
+    return new_notebook(cells=kept, metadata=nb.metadata)
+
+
+IMPORT = (ast.Import, ast.ImportFrom)
+
+
+def fewer(statement):
+    """A parameter `n = 480` as `n = 120`: the widget is tried, not the finding. Anything else as it is."""
+    match statement:
+        case ast.Assign(value=ast.Constant(value=int(n)) as constant) if n >= 100:
+            constant.value = n // 4
+    return statement
+
+
+# --------------------------------------------------------------------------------------------- Chromium and JupyterLab
+@pytest.fixture(scope="module")
+def browser():
+    why = "`pip install playwright` (it is in the dev extra)"
+    playwright = pytest.importorskip("playwright.sync_api", reason=f"Playwright is missing: {why}")
+    found = os.environ.get("MMFM_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    with playwright.sync_playwright() as p:
+        if not found and not Path(p.chromium.executable_path).exists():
+            pytest.skip(
+                "no Chromium: install chromium or Chrome, or name one in MMFM_CHROMIUM, or `playwright install`"
+            )
+        chromium = p.chromium.launch(executable_path=found)  # without its sandbox, which root cannot have
+        yield chromium
+        chromium.close()
+
+
+class Lab:
+    """A JupyterLab of this Python on a free port, with no settings of the user; it shows a folder of its own."""
+
+    def __init__(self, browser, folder):
+        self.browser, self.folder, self.token = browser, folder / "notebooks", secrets.token_hex()
+        settings = folder / "config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+        kernel = folder / "jupyter/kernels/python3/kernel.json"
+        for place in (self.folder, settings.parent, kernel.parent):
+            place.mkdir(parents=True)
+        settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        kernel.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+        own = {"MMFM_ROOT": ROOT, "JUPYTER_PATH": folder / "jupyter", "JUPYTER_CONFIG_DIR": folder / "config",
+               "JUPYTER_DATA_DIR": folder / "data", "JUPYTER_RUNTIME_DIR": folder / "run"}  # fmt: skip
+        environment = os.environ | runner.environment(str(folder))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
+        options = {"ServerApp.port": self.address.split(":")[-1], "ServerApp.port_retries": 0,
+                   "ServerApp.root_dir": self.folder, "IdentityProvider.token": self.token}  # fmt: skip
+        self.log = folder / "server.log"
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+            + [f"--{name}={value}" for name, value in options.items()],
+            env=environment | {name: str(value) for name, value in own.items()},
+            stdout=self.log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        while True:
+            assert self.server.poll() is None, self.log.read_text()
+            with contextlib.suppress(OSError):
+                self.ask("GET", "api")
+                break
+            time.sleep(0.2)
+
+    def ask(self, method, what):
+        """Ask the server for something."""
+        headers = {"Authorization": f"token {self.token}"}
+        request = urllib.request.Request(f"{self.address}/{what}", method=method, headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+    @contextlib.contextmanager
+    def showing(self, nb, name):
+        """The page of JupyterLab with a notebook in it; in the end its kernels are gone, and nothing had complained."""
+        nbformat.write(nb, self.folder / f"{name}.ipynb")
+        page, complaints = self.browser.new_page(viewport={"width": 1280, "height": 900}), []
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+        try:
+            page.goto(f"{self.address}/lab/tree/{name}.ipynb?token={self.token}&reset")
+            page.locator(IDLE).wait_for()
+            yield page
+            assert not complaints, complaints
+        finally:
+            page.close()
+            for kernel in json.loads(self.ask("GET", "api/kernels")):
+                self.ask("DELETE", f"api/kernels/{kernel['id']}")
+
+    @contextlib.contextmanager
+    def running(self, nb, name):
+        """The last cell of a notebook in JupyterLab, after all cells have run."""
+        with self.showing(nb, name) as page:
+            while page.locator(".jp-InputPrompt").first.inner_text() == "[ ]:":  # it forgets what comes early on
+                page.get_by_role("menuitem", name="Run", exact=True).click()
+                page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+                page.wait_for_timeout(1000)
+            page.locator(f"{BOX}, {ERROR}").first.wait_for(timeout=600_000)
+            assert not page.locator(ERROR).all_inner_texts()
+            yield page.locator(".jp-CodeCell").last
+
+
+IDLE = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
+BOX = ".widget-vbox:has(> .widget-hbox)"  # what `explore` makes: the controls, and a place for the picture below
+PICTURE = "box => box.querySelector('.jp-OutputArea img')?.src"
+CHANGED = """([box, before]) => {
+    const picture = box.querySelector('.jp-OutputArea img')
+    return picture && picture.naturalWidth > 0 && picture.src != before
+}"""
+
+
+@pytest.fixture(scope="module")
+def lab(browser, tmp_path_factory):
+    lab = Lab(browser, tmp_path_factory.mktemp("lab"))
+    yield lab
+    lab.server.terminate()
+    lab.server.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------- the reader
+def settled(page, box):
+    """The picture below the controls once the kernel has drawn all that a move asked for; None before the first."""
+    while True:
+        before = box.evaluate(PICTURE)
+        page.wait_for_timeout(500)
+        page.locator(IDLE).wait_for()
+        if box.evaluate(PICTURE) == before:
+            return before
+
+
+def moves(control):
+    """Ways to move a control, one after the other; some choices may happen to draw the same picture."""
+    page = control.page
+    if control.locator(".noUi-handle").count():
+        for share in (0.8, 0.2, 0.5):
+            at, bar = (control.locator(part).bounding_box() for part in (".noUi-handle", ".noUi-base"))
+            x, y = at["x"] + at["width"] / 2, at["y"] + at["height"] / 2
+            page.mouse.move(x, y)
+            page.mouse.down()
+            page.mouse.move(bar["x"] + share * bar["width"], y, steps=4)
+            page.mouse.up()
+            yield
+        control.locator(".noUi-handle").press("ArrowRight")
+        yield
+    else:
+        options, (chosen,) = (control.locator(f"option{which}").all() for which in ("", ":checked"))
+        for n in [n for n in range(len(options)) if n != chosen.evaluate("option => option.index")][:4]:
+            control.locator("select").select_option(index=n)
+            yield
+
+
+def use(cell, patience=30):
+    """Move every control of a widget as a reader does; each must redraw the picture below within so many seconds."""
+    from playwright.sync_api import TimeoutError
+
+    page, box, twin = cell.page, cell.locator(BOX), cell.locator(f":not({BOX} *) > img")
+    box.scroll_into_view_if_needed()
+    assert twin.evaluate("img => img.complete && img.naturalWidth > 0"), "no static twin"
+    assert twin.bounding_box()["y"] < box.bounding_box()["y"], "the twin stands below"
+    assert box.evaluate(PICTURE) is None, "there is a second picture before anything has moved"
+    shown, controls = twin.get_attribute("src"), box.locator("> .widget-hbox > *").all()
+    assert controls, "nothing to move"
+    for control in controls:
+        name, readout = control.locator(".widget-label").inner_text(), control.locator(".widget-readout")
+        for label in control.locator(".widget-label").all():
+            assert label.evaluate("label => label.scrollWidth <= label.clientWidth"), f"`{name}` is cut off"
+        before, said = settled(page, box), readout.all_inner_texts()
+        for _ in moves(control):
+            assert not said or readout.all_inner_texts() != said, f"the readout of `{name}` stays at {said}"
+            with contextlib.suppress(TimeoutError):
+                page.wait_for_function(CHANGED, arg=[box.element_handle(), before], timeout=1000 * patience)
+                break
+            assert not page.locator(ERROR).all_inner_texts()
+        else:
+            pytest.fail(f"`{name}` moves and the picture stays as it is")
+    settled(page, box)
+    assert twin.get_attribute("src") == shown, "the twin has changed"
+    assert not cell.locator(f"{ERROR}, {STDERR}").all_inner_texts()
+    assert not [words for words in BROKEN if words in cell.inner_text()]
+
+
+@each_notebook
+def test_every_control_of_a_notebook_redraws_its_picture_in_jupyterlab(lab, path):
+    with lab.running(reduced(runner.read(path)), path.stem) as cell:
+        use(cell)
+
+
+TOY = """import matplotlib.pyplot as plt
+import ipywidgets
+from mmfm_utils import plots
+
+
+def draw(power, colour="red"):
+    figure, ax = plt.subplots(figsize=(3, 2))
+    ax.plot([x**power for x in range(9)], color=colour)
+    return figure
+
+
+control = ipywidgets.IntSlider(2, 1, 9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("plots.explore(draw, power=control)\ncontrol.unobserve_all()", "`power` moves and the picture stays"),
+        ("plots.explore(lambda power: draw(power, {2: 'red'}[power]), power=control)", "KeyError"),
+        ("plots.explore(draw, power=control)\ncontrol.style.description_width = '9px'", "`power` is cut off"),
+    ],
+    ids=("not wired", "raises", "cut off"),
+)
+def test_a_broken_widget_would_be_noticed(lab, line, wrong):
+    with lab.running(toy(line), "toy") as cell, pytest.raises((AssertionError, pytest.fail.Exception), match=wrong):
+        use(cell, patience=2)
+
+
+def toy(line):
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return new_notebook(cells=[new_code_cell(TOY), new_code_cell(line)], metadata=kernel)
+
+
+# ----------------------------------------------------------------------------------------------- pages without a kernel
+@contextlib.contextmanager
+def opened(browser, file, width=1280, height=900):
+    """A file in Chromium, cut off from the network; what it asked for elsewhere is in `page.asked`."""
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.asked = []
+
+    def answer(route):
+        if route.request.url.startswith(("file:", "data:")):
+            return route.continue_()
+        page.asked.append(route.request.url)
+        return route.abort()
+
+    page.route("**/*", answer)
+    page.goto(file.as_uri(), wait_until="load")
+    yield page
+    page.close()
+
+
+def broken_images(page):
+    return page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.alt || i.src)")
+
+
+@each_notebook
+def test_the_committed_widget_is_its_static_twin(path):
+    """All that a code host has to show."""
+    nb = nbformat.read(path, 4)
+    (twin,) = widget_cell(nb).outputs
+    assert base64.b64decode(twin.data["image/png"]).startswith(b"\x89PNG")
+    assert not [words for words in (*BROKEN, "widget-view") if words in json.dumps(nb)]
+
+
+@each_notebook
+def test_a_page_without_a_kernel_shows_the_twin_and_no_broken_widget(browser, path, tmp_path):
+    nb = nbformat.read(path, 4)
+    (tmp_path / "page.html").write_text(HTMLExporter().from_notebook_node(nb)[0], encoding="utf-8")
+    with opened(browser, tmp_path / "page.html") as page:
+        text = page.inner_text("body")
+        assert not [words for words in BROKEN if words in text] and not page.locator(".widget-subarea").count()
+        twin = widget_cell(nb).outputs[0].data["image/png"].replace("\n", "")
+        assert page.evaluate("twin => [...document.images].some(i => i.src.endsWith(twin))", twin)
+        assert not broken_images(page)
+
+
+def test_a_notebook_that_is_only_opened_in_jupyterlab_shows_the_twin(lab):
+    path = NOTEBOOKS[0]
+    with lab.showing(nbformat.read(path, 4), path.stem) as page:
+        cell = page.locator(".jp-CodeCell").filter(has_text="plots.explore(")
+        cell.scroll_into_view_if_needed()
+        assert cell.locator("img").evaluate("img => img.naturalWidth") > 0
+        assert not cell.locator(BOX).count() and not [words for words in BROKEN if words in cell.inner_text()]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The report of the committed outputs and values, as a run would have left it."""
+    folder = tmp_path_factory.mktemp("results") / "tiny"
+    folder.mkdir()
+    known, committed = findings.registry(), findings.expected("tiny")
+    for path in NOTEBOOKS:
+        rows = [
+            {"id": id, "notebook": path.stem, "claim": known[id].claim, "rule": "", "why": "", **row}
+            | {"control": row["value"], "interval": [0, 1], "n": 9, "seconds": 1.0, "peak_mb": 1.0}
+            for id, row in committed.items()
+            if known[id].notebook == path.stem
+        ]
+        result = runner.blank({"name": path.stem, "profile": "tiny", "parameters": {}, "key": ""})
+        result |= {"rows": rows, "versions": runner.versions(), "status": "ok", "reason": ""}
+        (folder / f"{path.stem}.json").write_text(json.dumps(result))
+        shutil.copy(path, folder)
+    return runner.show(folder)
+
+
+@pytest.mark.parametrize("width", [360, 390, 1200])
+def test_the_report_is_self_contained_and_readable(browser, report, width):
+    with opened(browser, report, width, 800) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert not page.asked and not broken_images(page)
+        assert page.evaluate("document.images.length") > len(NOTEBOOKS)
+        small = "[...document.querySelectorAll('td, p')].filter(e => parseFloat(getComputedStyle(e).fontSize) < 14)"
+        assert not page.evaluate(f"{small}.length")
+        lost = "[...document.querySelectorAll('a')].filter(a => !document.querySelector(CSS.escape ? '#' + "
+        lost += "CSS.escape(a.hash.slice(1)) : a.hash)).map(a => a.hash)"
+        assert not page.evaluate(lost) and page.locator("a").count() > len(NOTEBOOKS)
+        page.locator("a").first.click()
+        assert page.evaluate("scrollY") > 0
