@@ -775,7 +775,7 @@ def show(folder: Path) -> Path | None:
 
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:12px;color:#222;background:#fff}
-table{border-collapse:collapse;width:100%}td{overflow-wrap:anywhere}
+table{border-collapse:collapse;width:100%}td,h3{overflow-wrap:anywhere}
 th,td{text-align:left;vertical-align:top;padding:4px 8px}
 tr{border-bottom:1px solid #ddd}a{white-space:nowrap}img{max-width:100%;margin:6px 0}
 @media(min-width:801px){td:first-child{white-space:nowrap}}
