@@ -778,8 +778,8 @@ STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;
 table{border-collapse:collapse;width:100%}td,h3{overflow-wrap:anywhere}
 th,td{text-align:left;vertical-align:top;padding:4px 8px}
 tr{border-bottom:1px solid #ddd}a{white-space:nowrap}img{max-width:100%;margin:6px 0}
-@media(min-width:801px){td:first-child{white-space:nowrap}}
-@media(max-width:800px){th{display:none}tr{display:block;padding:8px 0}td{display:block;padding:1px 0}
+@media(min-width:901px){td:first-child{white-space:nowrap}}
+@media(max-width:900px){tr:has(th){display:none}tr{display:block;padding:8px 0}td{display:block;padding:1px 0}
 td:empty{display:none}td::before{content:attr(data-h) ": ";color:#777}}"""
 
 

@@ -66,3 +66,13 @@ def test_a_widget_has_a_static_twin_and_follows_its_controls(monkeypatch):
     control.value = 7
     assert asked == [3, 7] and len(displayed) == 3
     assert not plt.get_fignums()  # nothing is left open
+
+
+def test_an_error_while_redrawing_is_shown_in_the_place_of_the_picture(monkeypatch):
+    caught = []
+    monkeypatch.setattr(plots, "display", lambda _: None)
+    monkeypatch.setattr(plots.widgets.Output, "__exit__", lambda place, kind, *_: caught.append(kind) or True)
+    control = IntSlider(1, 0, 9)
+    plots.explore(lambda layer: 1 / layer and plt.figure(), layer=control)
+    control.value = 0
+    assert caught[-1] is ZeroDivisionError
