@@ -127,7 +127,7 @@ class Lab:
     """A JupyterLab of this Python on a free port, with no settings of the user; it shows a folder of its own."""
 
     def __init__(self, browser, folder):
-        self.browser, self.folder, self.token = browser, folder / "notebooks", secrets.token_hex()
+        self.browser, self.folder, self.token, self.shown = browser, folder / "notebooks", secrets.token_hex(), 0
         settings = folder / "config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
         kernel = folder / "jupyter/kernels/python3/kernel.json"
         for place in (self.folder, settings.parent, kernel.parent):
@@ -168,6 +168,8 @@ class Lab:
     @contextlib.contextmanager
     def showing(self, nb, name):
         """The page of JupyterLab with a notebook in it; in the end its kernels are gone, and nothing had complained."""
+        self.shown += 1  # a name that comes again would be taken for a file that has changed
+        name = f"{name}_{self.shown}"
         nbformat.write(nb, self.folder / f"{name}.ipynb")
         page, complaints = self.browser.new_page(viewport={"width": 1280, "height": 900}), []
         page.set_default_timeout(60_000)
@@ -191,6 +193,8 @@ class Lab:
             for _ in range(600):
                 if done.count():
                     break
+                for button in page.locator(".jp-Dialog .jp-mod-accept").all():  # such as: no kernel answers yet
+                    button.click()
                 if first.inner_text() == "[ ]:":  # what is asked while the kernel still starts may be forgotten
                     page.get_by_role("menuitem", name="Run", exact=True).click()
                     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
