@@ -127,7 +127,7 @@ class Lab:
     """A JupyterLab of this Python on a free port, with no settings of the user; it shows a folder of its own."""
 
     def __init__(self, browser, folder):
-        self.browser, self.folder, self.token, self.shown = browser, folder / "notebooks", secrets.token_hex(), 0
+        self.browser, self.folder, self.token = browser, folder / "notebooks", secrets.token_hex()
         settings = folder / "config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
         kernel = folder / "jupyter/kernels/python3/kernel.json"
         for place in (self.folder, settings.parent, kernel.parent):
@@ -168,8 +168,6 @@ class Lab:
     @contextlib.contextmanager
     def showing(self, nb, name):
         """The page of JupyterLab with a notebook in it; in the end its kernels are gone, and nothing had complained."""
-        self.shown += 1  # a name that comes again would be taken for a file that has changed
-        name = f"{name}_{self.shown}"
         nbformat.write(nb, self.folder / f"{name}.ipynb")
         page, complaints = self.browser.new_page(viewport={"width": 1280, "height": 900}), []
         page.set_default_timeout(60_000)
@@ -189,23 +187,14 @@ class Lab:
     def running(self, nb, name):
         """The last cell of a notebook in JupyterLab, after all cells have run."""
         with self.showing(nb, name) as page:
-            done, first = page.locator(f"{BOX}, {ERROR}"), page.locator(".jp-InputPrompt").first
-            for _ in range(600):
-                if done.count():
-                    break
-                for button in page.locator(".jp-Dialog .jp-mod-accept").all():  # such as: no kernel answers yet
-                    button.click()
-                if first.inner_text() == "[ ]:":  # what is asked while the kernel still starts may be forgotten
-                    page.get_by_role("menuitem", name="Run", exact=True).click()
-                    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-                page.wait_for_timeout(1000)
-            done.first.wait_for()
-            page.locator(IDLE).wait_for(timeout=600_000)
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+            page.locator(f"{BOX}, {ERROR}").first.wait_for(timeout=600_000)
             assert not page.locator(ERROR).all_inner_texts()
             yield page.locator(".jp-CodeCell").last
 
 
-IDLE = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
+IDLE = '.jp-StatusBar-TextItem:has-text("| Idle")'  # the mark in the notebook's corner says so too early
 BOX = ".widget-vbox:has(> .widget-hbox)"  # what `explore` makes: the controls, and a place for the picture below
 PICTURE = "box => box.querySelector('.jp-OutputArea img')?.src"
 CHANGED = """([box, before]) => {
@@ -219,6 +208,9 @@ def lab(browser, tmp_path_factory):
     lab = Lab(browser, tmp_path_factory.mktemp("lab"))
     yield lab
     lab.server.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it may wait for ever for a thread of its own
+        lab.server.wait(timeout=10)
+    lab.server.kill()
     lab.server.wait()
 
 
