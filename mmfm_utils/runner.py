@@ -54,20 +54,7 @@ MARKS = dict(zip(findings.VERDICTS, "✓≈✗–", strict=True))  # of verdicts
 READY = ("intact", "from config", "cached")  # of the states that models.inventory knows
 LIMIT_KB = 500  # of a committed notebook
 MEASURED = re.compile(r"(<!--measured-->).*?(<!--/measured-->)", re.S)  # `--write` puts seconds and memory between
-LEDGER = (
-    "id",
-    "notebook",
-    "claim",
-    "value",
-    "control",
-    "interval",
-    "n",
-    "verdict",
-    "rule",
-    "seconds",
-    "peak_mb",
-    "why",
-)
+LEDGER = tuple("id notebook claim value control interval n verdict rule seconds peak_mb why".split())
 LOG = logging.getLogger("mmfm.kernel")  # what nbclient says is said again, shorter, in the line of the notebook
 LOG.propagate = False
 LOG.addHandler(logging.NullHandler())
@@ -788,6 +775,9 @@ class _Html(str):
 
 
 def _table(head: tuple, lines: list) -> str:
+    """An HTML table; nothing where there are no lines."""
+    if not lines:
+        return ""
     body = ""
     for line in lines:
         cells = (cell if isinstance(cell, _Html) else html.escape(str(cell)) for cell in line)
@@ -897,7 +887,7 @@ def page(folder: Path, results: list[dict], rows: list[dict]) -> str:
     for row in rows:
         verdict = f'<b style="color:{COLOURS[row["verdict"]]}">{row["verdict"]}</b> {html.escape(row["why"])}'
         figure = _figure_of(ran.get(row["notebook"], []), row["id"])
-        figure = figure and _Html(f'<a href="#{html.escape(row["notebook"])}-{figure}">figure</a>') or ""
+        figure = figure and _Html(f'<a href="#{html.escape(row["notebook"])}-{figure}">see it</a>') or ""
         id, *told = _told(row, known.get(row["id"]))
         lines.append((_Html(f'<span id="{html.escape(id)}">{html.escape(id)}</span>'), *told, _Html(verdict), figure))
     undone = [entry for entry in known.values() if entry.not_done]
@@ -919,7 +909,11 @@ def page(folder: Path, results: list[dict], rows: list[dict]) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
         f"<p>Findings: {summary}.<br>Notebooks: {states}.</p>"
-        + "".join(f"<h2>{name}</h2>{part}" for name, part in parts.items())
+        + "".join(
+            f'<h2 id="{name.split()[-1]}">{name} <a href="#map">↑</a></h2>{part}'
+            for name, part in parts.items()
+            if part
+        )
         + "</html>\n"
     )
 
