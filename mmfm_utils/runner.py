@@ -898,7 +898,6 @@ def page(folder: Path, results: list[dict], rows: list[dict]) -> str:
     summary = ", ".join(f"{count[v]} {v}" for v in findings.VERDICTS if count[v]) or "none judged"
     states = ", ".join(f"{n} {status}" for status, n in Counter(r["status"] for r in results).items())
     parts = {
-        "The map": _map(rows, known),
         "Findings": _table((*HEAD, "figure"), lines),
         "Notebooks": _table(COST, _cost(results)),
         "Other numbers": _table(("notebook", "number", "value"), numbers),
@@ -909,11 +908,8 @@ def page(folder: Path, results: list[dict], rows: list[dict]) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
         f"<p>Findings: {summary}.<br>Notebooks: {states}.</p>"
-        + "".join(
-            f'<h2 id="{name.split()[-1]}">{name} <a href="#map">↑</a></h2>{part}'
-            for name, part in parts.items()
-            if part
-        )
+        + f'<h2 id="map">The map</h2>{_map(rows, known)}'
+        + "".join(f'<h2>{name} <a href="#map">↑</a></h2>{part}' for name, part in parts.items() if part)
         + "</html>\n"
     )
 
