@@ -130,7 +130,7 @@ def hostile(request, tmp_path_factory):
         "leaves": {"ex2": "exit()"},
         "prints": {"ex2": "print('x' * 10**9)"},
         "babbles": {"ex2": "import time\nwhile True: print('y' * 10**6); time.sleep(0.05)"},
-        "forks": {"ex2": f"for _ in range(200): {LEAVES.format(marker=marker)}"},
+        "forks": {"ex2": f"for _ in range(200): {LEAVES.format(marker=marker)}\nimport time; time.sleep(2)"},
         "fails": {"ex2": "import sys; sys.exit(0)"},
         "deletes": {"ex2": DELETES.format(folders=folders)},
         "emptied": {"ex2": "return 0", "change": emptied},
