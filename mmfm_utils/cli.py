@@ -118,7 +118,8 @@ def check(args) -> int:
         counts = f"{len(exercises.exercises(nb))} exercises, {sum(map(len, wrong.values()))} wrong answers"
         told = f"{len(found)} complaints" if found else "as they should be"
         say(f"{path.stem}: {counts}, {told} ({time.perf_counter() - begun:.0f} s)")
-        say("".join(f"  {complaint}\n" for complaint in found).rstrip()) if found else None
+        for complaint in found:
+            say(f"  {complaint}")
     return 1 if bad else 0
 
 

@@ -65,10 +65,12 @@ def python_of(source):
 
 
 def is_solution(cell):
+    """Whether a cell is for students to fill in."""
     return cell.cell_type == "code" and bool(cell.metadata.get("nbgrader", {}).get("solution"))
 
 
 def is_test(cell):
+    """Whether a cell is a test that gives points."""
     return cell.cell_type == "code" and bool(cell.metadata.get("nbgrader", {}).get("grade"))
 
 

@@ -2,8 +2,8 @@
 
 nbgrader grades; what is added here stands around the kernel in which a submission runs.
 
-- The wall (bubblewrap, on Linux): the kernel sees the system and this project read-only, and of its own has one folder
-  that is thrown away. It sees no home folder, nothing of the course, no solutions, no other process, and no network.
+- The wall (bubblewrap, on Linux): the kernel can write into one folder of its own, which is thrown away. It sees no
+  home folder, nothing of the course, no solutions, no other process, and no network; every other folder it can read.
 - The limits, with the wall or without: seconds a cell and in all, memory, processes, output, a disk that must not fill.
 - The course is copied into a file without a name before each kernel starts, and what is missing or changed after it is
   put back. With the wall nothing is; without it, this guards the course and what was handed in, and nothing else.
@@ -129,14 +129,14 @@ class _Client(runner.Client):
         self.end, self.free = time.monotonic() + limits.timeout, shutil.disk_usage(scratch).free
 
     def too_much(self, memory_mb: float, processes: int) -> str:
-        limits = self.limits
-        return (
-            f"used more than {limits.memory_mb} MB of memory" * (memory_mb > limits.memory_mb)
-            or f"ran longer than {limits.timeout} s in all" * (time.monotonic() > self.end)
-            or f"printed more than {OUTPUT / 1e6:.0f} MB" * (self.printed > OUTPUT)
-            or f"started more than {PROCESSES} processes" * (processes > PROCESSES)
-            or "filled the disk" * (shutil.disk_usage(self.scratch).free < self.free / 2)
-        )
+        reasons = {
+            f"used more than {self.limits.memory_mb} MB of memory": memory_mb > self.limits.memory_mb,
+            f"ran longer than {self.limits.timeout} s in all": time.monotonic() > self.end,
+            f"printed more than {OUTPUT / 1e6:.0f} MB": self.printed > OUTPUT,
+            f"started more than {PROCESSES} processes": processes > PROCESSES,
+            "filled half of what was free on the disk": shutil.disk_usage(self.scratch).free < self.free / 2,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
 
     def process_message(self, msg, cell, cell_index):
         if msg["msg_type"] != "status":

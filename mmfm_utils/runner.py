@@ -837,7 +837,8 @@ def _cost(results: list[dict]) -> list[tuple]:
             for r in results]  # fmt: skip
 
 
-def _environment(results: list[dict]) -> list[tuple]:
+def _packages(results: list[dict]) -> list[tuple]:
+    """The environment: (package, version)."""
     return list((results[-1]["versions"] if results else {}).items())
 
 
@@ -847,7 +848,7 @@ def _markdown(results: list[dict], rows: list[dict]) -> str:
     tables = {
         HEAD: [(*_told(row, known.get(row["id"])), row["verdict"]) for row in rows],
         COST: _cost(results),
-        ("package", "version"): _environment(results),
+        ("package", "version"): _packages(results),
     }
     text = []
     for head, lines in tables.items():
@@ -902,7 +903,7 @@ def page(folder: Path, results: list[dict], rows: list[dict]) -> str:
         "Notebooks": _table(COST, _cost(results)),
         "Other numbers": _table(("notebook", "number", "value"), numbers),
         "Figures": figures,
-        "Environment": _table(("package", "version"), _environment(results)),
+        "Environment": _table(("package", "version"), _packages(results)),
     }
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

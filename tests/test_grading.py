@@ -8,6 +8,7 @@ import shutil
 import socket
 import sqlite3
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -195,6 +196,17 @@ def test_a_gigabyte_in_one_go_is_stopped(hostile):
     assert (row["status"], row["points"]) == ("stopped", "2")
     assert any(what in row["notes"] for what in ("memory", "printed"))
     assert len(hostile.page("prints")) < 5_000_000
+
+
+def test_work_that_takes_too_long_in_all_or_fills_the_disk_is_stopped(toys, monkeypatch):
+    toys.hand_in("ada", ex2="while True: pass")
+    limits = grading.Limits(cell_timeout=60, timeout=3, memory_mb=500)
+    assert grading.grade(toys.submissions, folder=toys.folder, limits=limits, sandbox=False) == 1
+    assert (row := toys.rows()["ada"])["points"] == "2" and row["notes"] == "ran longer than 3 s in all"
+    free = iter([100, *[49] * 10_000])
+    monkeypatch.setattr(grading.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
+    row = toys.grade(again=True)[1]["ada"]
+    assert row["status"] == "stopped" and row["notes"] == "filled half of what was free on the disk"
 
 
 def test_a_message_that_is_too_large_never_gets_into_the_grader(toys, monkeypatch):
