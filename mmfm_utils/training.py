@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+
+# Where recipes keep their checkpoints: outside git.
+CHECKPOINTS = Path(os.environ.get("MMFM_CHECKPOINTS") or Path(__file__).parents[1] / "checkpoints")
 
 
 def plain_attention(
@@ -233,6 +236,26 @@ def run(
         if step % 100 == 0 or step == steps:
             save(path, kept, opts, step, seconds + time.time() - began)
     bar.close()
+
+
+class _Made(torch.utils.data.Dataset):
+    """What `make` gives for each of some steps."""
+
+    def __init__(self, make: Callable[[int], object], steps: range):
+        self.make, self.steps = make, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> object:
+        return self.make(self.steps[index])
+
+
+def ahead(make: Callable[[int], object], steps: range, workers: int) -> Iterable:
+    """`make(step)` for each step in order, made ahead by so many processes (0: here, when it is asked for)."""
+    return torch.utils.data.DataLoader(
+        _Made(make, steps), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+    )
 
 
 def schedule(step: int, steps: int, warm_up: int, decay: float) -> float:

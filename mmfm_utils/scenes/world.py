@@ -59,7 +59,7 @@ class World:
     ink                 share of written words in the ink of a colour
     misnamed            share of captions that give a first object the name of another one, where that is written on it
     signs               share of pictures without an object: a written word on a ground, whose caption is the bare word
-    characters          share of scenes in which one object is a named character
+    characters          share of scenes in which one object is a named character (where the split allows one there)
     duplicates          share of draws that repeat one of `n_duplicates` fixed scenes, with one caption (memorisation)
     memorised           share of draws that show one of `MEMORISED`, always with its odd sentence
     colour_bias         how often the objects of `COLOUR_BIAS` have their colour; in any other, captions name colours
@@ -141,6 +141,7 @@ class World:
         )
         kind = self._kind(rng) if word else None
         ground, word_at = _pick(self.grounds, rng), _pick(("top", "bottom"), rng) if word else None
+        character = character and any(self._fits(*pair, ground, correlated) for pair in self._characters)
         for _ in range(200):
             names = self._names(count, companion, rng)
             tints: list[str | None] = []
@@ -149,11 +150,9 @@ class World:
                 names, tints = [name, *(other for other in names if other != name)][:count], [tint]
             if len(names) < count or (kind == "matching" and names[0] not in WORDS):
                 continue
-            home = HOME_GROUND[names[0]]
-            if correlated and self.grounded is not None and names[0] in self.grounded and home not in self.grounds:
+            on = self._ground_of(names[0], ground, correlated)
+            if on is None:
                 continue
-            goes = correlated and (self.grounded is None or names[0] in self.grounded)
-            on = home if goes and home in self.grounds else ground
             tints += [self._tint(name, on, rng) for name in names[len(tints) :]]
             tints = [tints[0]] * count if alike else tints
             sides = (on_side(self.split, name, tint, on) for name, tint in zip(names, tints, strict=True))
@@ -208,6 +207,17 @@ class World:
     @property
     def _characters(self) -> list[tuple[str, str]]:
         return [pair for pair in CHARACTERS.values() if pair[0] in self.objects and pair[1] in self.colours]
+
+    def _ground_of(self, name: str, ground: str, correlated: bool) -> str | None:
+        """Where a scene with this first object is: on the ground that was drawn, or at home; None where it has none."""
+        home = HOME_GROUND[name]
+        if not correlated or (self.grounded is not None and name not in self.grounded):
+            return ground
+        return home if home in self.grounds else (ground if self.grounded is None else None)
+
+    def _fits(self, name: str, colour: str, ground: str, correlated: bool) -> bool:
+        on = self._ground_of(name, ground, correlated)
+        return on is not None and (self.split is None or on_side(self.split, name, colour, on))
 
     def _names(self, count: int, companion: bool, rng: np.random.Generator) -> list[str]:
         names: list[str] = []
