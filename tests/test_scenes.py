@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mmfm_utils import UsageError, scenes
 from mmfm_utils.scenes import Scene, World
+from mmfm_utils.scenes import draw as draw_module
 
 worlds = st.sampled_from(
     [
@@ -41,7 +42,7 @@ def test_enough_objects_in_enough_categories_in_four_styles():
     assert {"hot dog", "polar bear"} <= set(scenes.OBJECTS)
     assert len(scenes.COLOURS) == 8 and len(scenes.STYLES) == 4
     pictures = [
-        scenes._sprite(name, style, None, 64)[1].tobytes() for name in scenes.OBJECTS for style in scenes.STYLES
+        draw_module._sprite(name, style, None, 64)[1].tobytes() for name in scenes.OBJECTS for style in scenes.STYLES
     ]
     assert len(set(pictures)) == len(pictures)  # every object has its own outline in every style
 
@@ -75,7 +76,9 @@ def test_a_mask_is_where_the_picture_changes_when_the_object_goes(world, seed):
     changed = (scenes.render(scene) != scenes.render(without)).any(-1)
     mask = scenes.masks(scene)[-1]
     assert (changed & mask).sum() >= 0.9 * mask.sum()  # a pixel may happen to have its ground's colour
-    drawn = scenes._sprite(scene.items[-1].name, scene.style, scene.items[-1].colour, round(scene.items[-1].size * 64))
+    drawn = draw_module._sprite(
+        scene.items[-1].name, scene.style, scene.items[-1].colour, round(scene.items[-1].size * 64)
+    )
     assert changed.sum() <= (drawn[1] > 0).sum()
 
 
@@ -233,7 +236,7 @@ def test_written_words_fit_and_differ(word, where):
     blank = Scene((), "noto", "sea")
     written = replace(blank, word=word, word_at=where)
     plate = scenes.word_mask(written)
-    assert scenes._letters(word).shape[1] < 64  # at 64 it would have been cut
+    assert draw_module._letters(word).shape[1] < 64  # at 64 it would have been cut
     assert plate.any() and not plate.all()
     assert (scenes.render(written)[~plate] == scenes.render(blank)[~plate]).all()
     other = replace(written, word="zebra" if word != "zebra" else "zigzag")

@@ -20,6 +20,7 @@ from .tables import (
     COLOUR_BIAS_CONTROLS,
     COLOURS,
     COMPANION,
+    FULL_NAMES,
     GROUNDED,
     GROUNDS,
     HOME_GROUND,

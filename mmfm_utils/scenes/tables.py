@@ -43,6 +43,8 @@ NUMBERS = ("no", "one", "two", "three", "four")
 # Each named character is one object in one colour.
 CHARACTERS: dict[str, tuple[str, str]] = {name: tuple(pair) for name, pair in _TABLES["characters"].items()}
 NAME_OF = {pair: name for name, pair in CHARACTERS.items()}
+# Characters of two names, known from text alone; neither name says who is meant.
+FULL_NAMES: dict[str, tuple[str, str]] = {name: tuple(pair) for name, pair in _TABLES["full_names"].items()}
 
 # The ground that goes with an object when World.ground_correlation asks for one.
 HOME_GROUND = {name: _TABLES["ground_of_habitat"][thing.habitat] for name, thing in OBJECTS.items()}

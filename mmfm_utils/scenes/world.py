@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import UsageError
+from .layout import boxes_of, pick
 from .scene import MEMORISED, Item, Scene, known
 from .split import on_side
 from .tables import (
@@ -130,7 +131,7 @@ class World:
         if self.duplicates and rng.random() < self.duplicates:
             return self._fixed[int(rng.integers(self.n_duplicates))]
         if self.memorised and rng.random() < self.memorised:
-            return _pick(tuple(MEMORISED), rng)
+            return pick(tuple(MEMORISED), rng)
         if self.signs and rng.random() < self.signs:
             return self._sign(rng)
         # What the switches give shares of is drawn once; only the rest is drawn again until it fits.
@@ -140,13 +141,13 @@ class World:
             for share in (self.ground_correlation, self.co_occurrence, self.characters, self.words, self.same_colour)
         )
         kind = self._kind(rng) if word else None
-        ground, word_at = _pick(self.grounds, rng), _pick(("top", "bottom"), rng) if word else None
-        character = character and any(self._fits(*pair, ground, correlated) for pair in self._characters)
+        ground, word_at = pick(self.grounds, rng), pick(("top", "bottom"), rng) if word else None
+        character = character and any(self._fits(*pair, ground, correlated, kind) for pair in self._characters)
         for _ in range(200):
             names = self._names(count, companion, rng)
             tints: list[str | None] = []
             if character:
-                name, tint = _pick(self._characters, rng)
+                name, tint = pick(self._characters, rng)
                 names, tints = [name, *(other for other in names if other != name)][:count], [tint]
             if len(names) < count or (kind == "matching" and names[0] not in WORDS):
                 continue
@@ -158,14 +159,14 @@ class World:
             sides = (on_side(self.split, name, tint, on) for name, tint in zip(names, tints, strict=True))
             if self.split is not None and not all(sides):
                 continue
-            boxes = self._layout(count, word_at, rng)
+            boxes = boxes_of(self.sizes, count, word_at, rng)
             if boxes:
                 break
         else:
             raise UsageError("No scene fits these switches of the world; widen objects, colours, sizes or the split.")
         items = tuple(Item(name, tint, *box) for name, tint, box in zip(names, tints, boxes, strict=True))
         written = self._word(kind, items, rng) if word else None
-        scene = Scene(items, _pick(self.styles, rng), on, written, word_at or "bottom", texture=int(rng.random() * 8))
+        scene = Scene(items, pick(self.styles, rng), on, written, word_at or "bottom", texture=int(rng.random() * 8))
         return self._inked(scene, rng)
 
     def sample_many(self, n: int, seed: int = 0) -> list[Scene]:
@@ -215,14 +216,15 @@ class World:
             return ground
         return home if home in self.grounds else (ground if self.grounded is None else None)
 
-    def _fits(self, name: str, colour: str, ground: str, correlated: bool) -> bool:
+    def _fits(self, name: str, colour: str, ground: str, correlated: bool, kind: str | None) -> bool:
         on = self._ground_of(name, ground, correlated)
-        return on is not None and (self.split is None or on_side(self.split, name, colour, on))
+        written = kind != "matching" or name in WORDS
+        return written and on is not None and (self.split is None or on_side(self.split, name, colour, on))
 
     def _names(self, count: int, companion: bool, rng: np.random.Generator) -> list[str]:
         names: list[str] = []
         while len(names) < count:
-            name = _pick(self.objects, rng)
+            name = pick(self.objects, rng)
             comes = companion and (self.accompanied is None or names[:1] and names[0] in self.accompanied)
             if len(names) == 1 and comes and COMPANION[names[0]] in self.objects:
                 name = COMPANION[names[0]]
@@ -232,13 +234,14 @@ class World:
 
     def _tint(self, name: str, ground: str, rng: np.random.Generator) -> str | None:
         """A tint that the split allows for this object on this ground, if there is one."""
-        if self.colour_bias and name in COLOUR_BIAS and rng.random() < self.colour_bias:
+        biased = self.colour_bias > 0 and name in COLOUR_BIAS
+        if biased and rng.random() < self.colour_bias:
             if self.split is None or on_side(self.split, name, COLOUR_BIAS[name], ground):
                 return COLOUR_BIAS[name]
-        if rng.random() < self.natural:
+        if not biased and rng.random() < self.natural:  # in its own colours it would have none that can be named
             return None
         allowed = [c for c in self.colours if self.split is None or on_side(self.split, name, c, ground)]
-        return _pick(allowed or self.colours, rng)
+        return pick(allowed or self.colours, rng)
 
     def _kind(self, rng: np.random.Generator) -> str:
         """The kind of a written word; of a single kind nothing is drawn."""
@@ -250,59 +253,22 @@ class World:
     def _word(self, kind: str, items: tuple[Item, ...], rng: np.random.Generator) -> str:
         names = [item.name for item in items]
         if kind == "glyphs":
-            return "".join(_pick("#%&@$*+=<>", rng) for _ in range(3 + int(rng.random() * 7)))
+            return "".join(pick("#%&@$*+=<>", rng) for _ in range(3 + int(rng.random() * 7)))
         if kind == "matching":
             return names[0]
         if kind == "conflicting":
-            return _pick([word for word in WORDS if word in OBJECTS and word not in names], rng)
+            return pick([word for word in WORDS if word in OBJECTS and word not in names], rng)
         if kind == "colour":
-            return items[0].colour or _pick(self.colours, rng)
-        return _pick(WORDS, rng)
+            return items[0].colour or pick(self.colours, rng)
+        return pick(WORDS, rng)
 
     def _sign(self, rng: np.random.Generator) -> Scene:
         """A written word on a ground, and nothing else."""
-        ground, word, at = (_pick(values, rng) for values in (self.grounds, WORDS, ("top", "bottom")))
-        scene = Scene((), _pick(self.styles, rng), ground, word, at, texture=int(rng.random() * 8))
+        ground, word, at = (pick(values, rng) for values in (self.grounds, WORDS, ("top", "bottom")))
+        scene = Scene((), pick(self.styles, rng), ground, word, at, texture=int(rng.random() * 8))
         return self._inked(scene, rng)
 
     def _inked(self, scene: Scene, rng: np.random.Generator) -> Scene:
         if scene.word and self.ink and rng.random() < self.ink:
-            return replace(scene, ink=_pick(tuple(COLOURS), rng))
+            return replace(scene, ink=pick(tuple(COLOURS), rng))
         return scene
-
-    def _layout(self, count: int, word_at: str | None, rng: np.random.Generator) -> list | None:
-        """Boxes (x, y, size) that barely touch; two of them lie clearly beside or clearly above each other.
-
-        A size too large for that many objects gives way to the largest of the world's sizes that fits.
-        """
-        low, high = (0.2 if word_at == "top" else 0.0), (0.8 if word_at == "bottom" else 1.0)
-        known = [SIZES[size] for size in self.sizes]
-        fitting = [size for size in known if size <= (0.62, 0.5, 0.34, 0.34)[count - 1]] or [min(known)]
-        boxes: list = []
-        for _ in range(count):
-            size = min(_pick(known, rng), max(fitting))
-            size = size if size in known else max(fitting)
-            for _ in range(40):
-                x = size / 2 + rng.random() * (1 - size)
-                y = low + size / 2 + rng.random() * max(high - low - size, 0)
-                box = (round(x, 4), round(y, 4), size)
-                if all(_apart(box, other) for other in boxes) and (count != 2 or not boxes or _clear(box, boxes[0])):
-                    boxes.append(box)
-                    break
-            else:
-                return None
-        return boxes
-
-
-def _pick(values, rng: np.random.Generator):
-    return values[int(rng.random() * len(values))]
-
-
-def _apart(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool:
-    gap = 0.46 * (a[2] + b[2])  # boxes may overlap a little, for drawings seldom fill their corners
-    return max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= gap
-
-
-def _clear(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool:
-    dx, dy = abs(a[0] - b[0]), abs(a[1] - b[1])
-    return max(dx, dy) >= 1.5 * min(dx, dy)

@@ -149,8 +149,9 @@ def regimes(model, tokenizer, n: int = 600, seed: int = 1) -> dict[str, float]:
             drawn = []
             for name in members:
                 home = scenes.HOME_GROUND[name]
-                grounds = (home,) if place == "usual" else tuple(g for g in scenes.GROUNDS if g != home)
-                if any((name, c, g) in scenes.HELD_OUT for c in colours for g in grounds):
+                grounds = [g for g in scenes.GROUNDS if (g == home) == (place == "usual")]
+                grounds = tuple(g for g in grounds if any((name, c, g) in scenes.HELD_OUT for c in colours))
+                if grounds:
                     of_name = dataclasses.replace(world, objects=(name,), grounds=grounds)
                     drawn += of_name.sample_many(n // 24, seed)
             right = [a == s.names[0] for a, s in zip(answers(drawn), drawn, strict=True)]
@@ -162,7 +163,7 @@ def regimes(model, tokenizer, n: int = 600, seed: int = 1) -> dict[str, float]:
 
 
 @torch.no_grad()
-def moment(model, tokenizer, n: int = 200) -> dict[str, float]:
+def moment(model, tokenizer, n: int = 100) -> dict[str, float]:
     """A row of a run's table, but for its gradients: norms of weights by module and modality, and held-out figures."""
     out = {f"norm_{part}": value for part, value in norms(model, lambda p: p).items()}
     return out | evaluate(model, tokenizer, n) | regimes(model, tokenizer, n)

@@ -59,8 +59,9 @@ class PlainAttention(nn.MultiheadAttention):
 
 def moments_of(steps: int) -> set[int]:
     """The steps after which a row of the run's table is measured: close together where much changes."""
-    early, late = (0, 25, 50, 100, 200), range(batches.GLYPHS_FROM, steps, 50)
-    return {*early, *range(400, steps, 400), *late, steps}
+    close = (0, 20, 50, 100, 200)
+    turns = (0, batches.GLYPHS_FROM)  # where the pictures change
+    return {turn + step for turn in turns for step in close if turn + step < steps} | {*range(400, steps, 400), steps}
 
 
 def build() -> tuple[nn.Module, object]:
