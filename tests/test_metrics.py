@@ -91,6 +91,10 @@ def test_intervals_agree_with_their_sources():
     # Newcombe 1998, example (a): 56 of 70 and 48 of 80
     ours = metrics.difference(np.arange(70) < 56, np.arange(80) < 48)
     assert ours == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    # the adjusted Wald interval as the R package statpsych gives it: 26 of 48 pairs go up, 4 go down
+    after, before = np.repeat([1, 0, 1, 0], [26, 4, 6, 12]), np.repeat([0, 1, 1, 0], [26, 4, 6, 12])
+    assert metrics.difference(after, before, paired=True) == pytest.approx((0.2548067, 0.6251933))
+    assert metrics.interval(after - before) == pytest.approx((0.2548067, 0.6251933))
     values = np.random.default_rng(0).normal(3, 2, size=400)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=0, n_resamples=1000).confidence_interval
     assert metrics.interval(values) == pytest.approx(tuple(theirs), abs=0.02)
