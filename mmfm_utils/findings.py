@@ -350,6 +350,13 @@ def _interval(what: str, pair):
     return [low, high]
 
 
+def _without_width(interval) -> str:
+    """Which intervals have width 0: they say that nothing varied, and not how sure we are."""
+    named = {f"interval.{name}": v for name, v in interval.items()} if isinstance(interval, dict) else {}
+    named = named or ({"interval": interval} if interval else {})
+    return ", ".join(name for name, ends in named.items() if math.isclose(*ends, rel_tol=1e-9, abs_tol=1e-12))
+
+
 def begin(notebook: str, profile: str, seed: int = 0) -> None:
     """Start the records of a notebook; call it once, in the set-up cell."""
     global _run
@@ -392,7 +399,8 @@ def judge(id: str, *, value, control=None, interval=None, n: int | None = None, 
     """Judge a measurement by the rule of its finding, show the card, and record the row.
 
     value and control are a number or a flat mapping of names to numbers; interval is (low, high), or a mapping of
-    names to such pairs; why says why ours differs from the paper.
+    names to such pairs; why says why ours differs from the paper. An interval of width 0 says nothing of how sure we
+    are: unless the registry calls the finding exact, it is not judged, and its row says why and holds no interval.
     """
     run = _begun("judge")
     finding = run["registry"].get(id)
@@ -415,20 +423,25 @@ def judge(id: str, *, value, control=None, interval=None, n: int | None = None, 
     verdict = "reproduced" if finding.rule(known) else "not reproduced"
     if verdict == "not reproduced" and finding.partly and finding.partly(known):
         verdict = "partly"
-    if run["profile"] != "tiny":
+    refused = "" if finding.exact else _without_width(known["interval"])
+    if refused:
+        refused += " of width 0: take more examples, or measure what varies between them"
+    if refused or run["profile"] != "tiny":
         verdict = "not judged"
     before = [row for row in run["rows"] if row["id"] == id]
     run["rows"] = [row for row in run["rows"] if row["id"] != id]
     now = time.perf_counter()
     row = {"id": id, "notebook": run["notebook"], "claim": finding.claim, **known, "verdict": verdict}
+    row |= {"interval": None} if refused else {}
     row |= {"rule": finding.rule.text, "seconds": round(now - run["clock"], 2), "peak_mb": round(peak_mb(), 1)}
     run["clock"] = now
-    run["rows"].append({**row, "why": why, "times": 1 + sum(r["times"] for r in before)})
+    told = "; ".join(filter(None, (refused, why)))
+    run["rows"].append({**row, "why": told, "times": 1 + sum(r["times"] for r in before)})
     _save()
-    _card(finding, row, known, why)
+    _card(finding, row, known, why, refused)
 
 
-def _card(finding: Finding, row: dict, known: dict, why: str) -> None:
+def _card(finding: Finding, row: dict, known: dict, why: str, refused: str) -> None:
     rule = finding.partly if row["verdict"] == "partly" else finding.rule
     lines = {
         "paper": finding.source(),
@@ -436,7 +449,7 @@ def _card(finding: Finding, row: dict, known: dict, why: str) -> None:
         "ours": f"{shown(row['value'])} ({finding.measured})",
         "control": f"{shown(row['control'])} ({finding.control})",
         "interval": shown(row["interval"]) + (f", n = {row['n']}" if row["n"] else ""),
-        "verdict": row["verdict"],
+        "verdict": row["verdict"] + (f", {refused}" if refused else ""),
         "rule": ("partly if " if row["verdict"] == "partly" else "") + f"{rule.words()}  →  {rule.filled(known)}",
     }
     lines |= {"rule changed": "; ".join(finding.rule_changed)} if finding.rule_changed else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -11,6 +11,8 @@ import numpy as np
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from .metrics import interval
 
 # Colour-blind safe (Okabe and Ito 2008), named by role so that a role looks the same in every notebook.
 COLOUR = {
@@ -92,11 +94,33 @@ def overlay(
 
 
 def band(ax: Axes, x: Sequence[float], examples: np.ndarray, label: str, role: str, dashed: bool = False) -> None:
-    """A line of means over examples with its 95 % normal-theory band; `examples` is (example, x)."""
-    mean = examples.mean(0)
-    half = 1.96 * examples.std(0, ddof=1) / np.sqrt(len(examples))
-    ax.plot(x, mean, "--" if dashed else "-", marker="o", markersize=3.5, color=COLOUR[role], label=label)
-    ax.fill_between(x, mean - half, mean + half, color=COLOUR[role], alpha=0.18, linewidth=0)
+    """A line of means over examples with its 95 % band (`metrics.interval`); `examples` is (example, x).
+
+    There is no band over a single example, nor where values are missing.
+    """
+    ends = np.full((2, examples.shape[1]), np.nan)
+    known = np.isfinite(examples).all(0) & (len(examples) > 1)
+    if known.any():
+        ends[:, known] = interval(examples[:, known])
+    style = "--" if dashed else "-"
+    ax.plot(x, examples.mean(0), style, marker="o", markersize=3.5, color=COLOUR[role], label=label)
+    ax.fill_between(x, *ends, color=COLOUR[role], alpha=0.18, linewidth=0)
+
+
+def bars(
+    ax: Axes, groups: Mapping[str, np.ndarray], role: str, label: str = "", shift: float = 0.0, width: float = 0.8
+):
+    """A bar at the mean of each group of examples, with its 95 % interval (`metrics.interval`); {name: (example,)}.
+
+    Several calls with a `shift` of their own set bars side by side; the names stand under shift 0.
+    """
+    place, means = np.arange(len(groups)), np.array([np.mean(values) for values in groups.values()])
+    ends = np.transpose([interval(values) for values in groups.values()])  # (low and high, group)
+    # the mean lies in its interval but for rounding, and for a bootstrap of very skewed values
+    reach = np.maximum((ends - means) * [[-1], [1]], 0)
+    shown = ax.bar(place + shift, means, width, yerr=reach, capsize=3, color=COLOUR[role], label=label or None)
+    ax.set_xticks(place, groups)
+    return shown
 
 
 def explore(draw: Callable[..., Figure], **controls: widgets.Widget) -> None:

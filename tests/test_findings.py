@@ -220,6 +220,23 @@ def test_exact_values_and_mappings(registry):
     assert judged(**mapping)["interval"] == {"late": [1, 3]}
 
 
+@pytest.mark.parametrize(
+    ("interval", "named"),
+    [((1, 1), "interval"), ({"early": (1, 1), "late": (0.1, 0.2)}, "interval.early"), ((0.3, 0.1 + 0.2), "interval")],
+)
+def test_an_interval_of_width_0_is_no_interval(registry, capsys, interval, named):
+    """It does not end the notebook: the finding is not judged, which the comparison with the committed run reports."""
+    rule = {"rule": "value > control", "partly": ...}
+    registry(**rule)
+    row = judged(interval=interval, why="a small model")
+    assert (row["verdict"], row["interval"]) == ("not judged", None)
+    reason = f"{named} of width 0: take more examples, or measure what varies between them"
+    assert row["why"] == f"{reason}; a small model" and f"not judged, {reason}" in capsys.readouterr().out
+    assert findings.compare([row], {"T1": {"verdict": "reproduced", "value": 0.6, "tolerance": 0}})
+    registry(**rule, exact=True)  # asked for: nothing varies
+    assert judged(interval=interval)["verdict"] == "reproduced"
+
+
 def test_card_escapes_and_tells_why(registry, monkeypatch):
     shown = []
     monkeypatch.setattr(findings, "_display", lambda text, page: shown.append((text, page)))

@@ -38,7 +38,7 @@ BROUGHT_BY = {
     "PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "open_clip": "open-clip-torch",
     "resvg_py": "resvg-py", "IPython": "ipywidgets", "traitlets": "ipywidgets", "nbformat": "papermill",
     "nbclient": "papermill", "jupyter_client": "papermill", "tokenizers": "transformers",
-    "packaging": "transformers", "huggingface_hub": "transformers", "scipy": "scikit-learn", "nbconvert": "nbgrader",
+    "packaging": "transformers", "huggingface_hub": "transformers", "nbconvert": "nbgrader",
     "zmq": "papermill",
 }  # fmt: skip
 OPTIONAL = {"dask", "distributed"}  # only with `--executor dask://...`, by those who have a cluster

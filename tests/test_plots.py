@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ipywidgets import IntSlider
 
-from mmfm_utils import plots
+from mmfm_utils import metrics, plots
 
 matplotlib.use("Agg")
 
@@ -42,13 +42,53 @@ def test_overlay_stretches_the_map_over_the_picture():
     assert list(picture.get_extent()) == list(values.get_extent()) == [0, 64, 64, 0]
 
 
+def band_of(examples):
+    """The line and the two edges of the band that are drawn: (x,) each."""
+    _, ax = plt.subplots()
+    plots.band(ax, range(examples.shape[1]), examples, "ours", "main")
+    line = ax.lines[0].get_ydata()
+    vertices = ax.collections[0].get_paths()[0].vertices if ax.collections[0].get_paths() else np.empty((0, 2))
+    ends = [vertices[vertices[:, 0] == x, 1] for x in range(len(line))]
+    return line, *(np.array([edge(y) if len(y) else np.nan for y in ends]) for edge in (np.min, np.max))
+
+
 def test_band_shows_mean_and_interval():
     examples = np.random.default_rng(0).normal(2, 1, size=(100, 5))
+    mean, low, high = band_of(examples)
+    assert mean == pytest.approx(examples.mean(0))
+    assert np.stack([low, high]) == pytest.approx(np.stack(metrics.interval(examples)))
+
+
+def test_a_band_of_shares_stays_within_0_and_1():
+    examples = (np.random.default_rng(0).random((14, 6)) < [0, 0.05, 0.3, 0.9, 0.95, 1]).astype(float)
+    mean, low, high = band_of(examples)
+    assert (0 <= low).all() and (high <= 1).all() and (high - low > 0.1).all()
+    assert low[0] == 0 < high[0] and low[-1] < 1 == high[-1]  # also where all examples agree
+    at = band_of(examples > 0)  # truth values, too
+    assert np.stack(at) == pytest.approx(np.stack([mean, low, high]))
+
+
+def test_there_is_no_band_where_there_is_no_interval():
+    examples = np.random.default_rng(0).normal(2, 1, size=(100, 5))
+    examples[3, 4] = np.nan
+    _, low, high = band_of(examples)
+    assert np.isfinite(low[:4]).all() and np.isnan([low[4], high[4]]).all()
+    line, low, _ = band_of(examples[:1])
+    assert line == pytest.approx(examples[0]) and np.isnan(low).all()
+
+
+def test_bars_show_means_and_intervals():
+    rng = np.random.default_rng(0)
+    groups = {"all": np.ones(20), "some": rng.random(12) < 0.4, "real": rng.exponential(size=30)}
     _, ax = plt.subplots()
-    plots.band(ax, range(5), examples, "ours", "main")
-    assert ax.lines[0].get_ydata() == pytest.approx(examples.mean(0))
-    low, high = ax.collections[0].get_paths()[0].get_extents().intervaly
-    assert low < examples.mean(0).min() < examples.mean(0).max() < high
+    for role, shift in (("main", -0.2), ("control", 0.2)):
+        shown = plots.bars(ax, groups, role, f"these {role}", shift, 0.4)
+        assert [bar.get_height() for bar in shown] == pytest.approx([np.mean(v) for v in groups.values()])
+        assert [bar.get_x() + bar.get_width() / 2 for bar in shown] == pytest.approx([i + shift for i in range(3)])
+        whiskers = [segment[:, 1] for segment in shown.errorbar.lines[2][0].get_segments()]
+        assert np.array(whiskers) == pytest.approx(np.array([metrics.interval(v) for v in groups.values()]))
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == list(groups)
+    assert ax.get_legend_handles_labels()[1] == ["these main", "these control"]
 
 
 def test_a_widget_has_a_static_twin_and_follows_its_controls(monkeypatch):
