@@ -48,6 +48,11 @@ place P in the order of the forward pass (`down.0.0` is the first of block `down
 Positions are row by row. A sampler runs the U-Net once a step: `hooks.record(every=True)` keeps all of them, and
 `hooks.edit(passes=...)` acts in some. Guidance runs two halves in one batch, the empty prompt first: see `conditional`.
 
+Attention runs through the library's own fused kernel, which never holds the pattern, as long as nobody listens to
+`scores` or `pattern` of that layer (hooks of others count). Listening inside attention can thus change the last bits of
+what follows, as one kernel differs from another; an edit that changes nothing gives bit by bit what recording the same
+sites gives. Listening anywhere else changes no bit.
+
 A further family is a further function in `_BUILDERS`, with its own site names over the same words.
 """
 
@@ -76,6 +81,39 @@ def _expose(module: nn.Module, *sites: str) -> None:
         module.add_module(name, nn.Identity())
 
 
+def _heard(*sites: nn.Module) -> bool:
+    """Whether anybody has a hook at one of these modules."""
+    return any(
+        site._forward_hooks or site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks
+        for site in sites
+    )
+
+
+def _step_by_step(
+    at: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Attention on (batch, head, token, head_dim) with scores, pattern and z passing through the sites of `at`.
+
+    `mask` is boolean (true: may attend) or added to the scores, its least number standing for -inf. Returns z
+    (batch, token, head, head_dim) and the pattern (batch, head, query, key).
+    """
+    scores = q @ k.transpose(2, 3) * scale
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            scores, mask = scores + mask, mask > torch.finfo(mask.dtype).min
+        scores = scores.masked_fill(~mask, -torch.inf)
+    scores = at.scores(scores)
+    pattern = at.pattern(scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(v.dtype))
+    mixed = F.dropout(pattern, dropout) @ v
+    return at.z(mixed.transpose(1, 2)), pattern
+
+
+def _through(site: nn.Module, x: Tensor) -> Tensor:
+    """(batch, head, token, head_dim) through a site that shows it as (batch, token, head, head_dim)."""
+    # Contiguous, whatever an edit returns: how numbers lie in memory can decide the last bit of their product.
+    return site(x.transpose(1, 2)).transpose(1, 2).contiguous() if _heard(site) else x
+
+
 class OpenProjection(nn.Linear):
     """The linear layer behind the heads, (..., head * head_dim) -> (..., width); their sum, where someone listens.
 
@@ -89,7 +127,7 @@ class OpenProjection(nn.Linear):
             _expose(linear, "heads")
 
     def forward(self, z: Tensor) -> Tensor:
-        if not (self.heads._forward_hooks or self.heads._forward_pre_hooks):
+        if not _heard(self.heads):
             return super().forward(z)
         # Someone listens to the heads. The value comes from the usual product, so that listening changes no bit of it,
         # plus what an edit changed, which is zero without one; gradients flow through the heads alone.
@@ -102,10 +140,10 @@ class OpenProjection(nn.Linear):
 class OpenAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` with each intermediate result passing through a submodule that can be hooked.
 
-    The same mathematics without the fused kernel, which never holds the pattern. `of` turns a model's own attention
-    modules into this class where they stand, so parameters, state dict, hooks and optimisers stay the same objects.
-    Queries, keys and values may come from different sequences; `attn_mask` is boolean (true: blocked) or additive, of
-    shape (query, key) or (batch * head, query, key). `key_padding_mask` is not supported.
+    `of` turns a model's own attention modules into this class where they stand, so parameters, state dict, hooks and
+    optimisers stay the same objects. Without a hook inside, it is `nn.MultiheadAttention` itself; queries, keys,
+    values, z and heads pass their sites around the fused kernel; scores and pattern take the same mathematics step by
+    step. Arguments are those of `nn.MultiheadAttention.forward`.
     """
 
     @classmethod
@@ -127,12 +165,14 @@ class OpenAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if key_padding_mask is not None:
-            raise NotImplementedError("OpenAttention: put the padding into attn_mask")
+        if not _heard(*self.children(), self.out_proj.heads):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         if not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         q, k, v = (
-            site(F.linear(x, weight, bias).unflatten(-1, (self.num_heads, self.head_dim)))  # (batch, token, head, dim)
+            _through(site, F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
             for site, x, weight, bias in zip(
                 (self.q, self.k, self.v),
                 (query, key, value),
@@ -140,16 +180,26 @@ class OpenAttention(nn.MultiheadAttention):
                 self.in_proj_bias.chunk(3),
                 strict=True,
             )
-        )
-        scores = torch.einsum("bqhd,bkhd->bhqk", q * self.head_dim**-0.5, k)
+        )  # (batch, head, token, head_dim)
+        mask, pattern, dropout = None, None, self.dropout if self.training else 0.0
         if attn_mask is not None:
             mask = attn_mask.view(-1, self.num_heads, *attn_mask.shape[1:]) if attn_mask.ndim == 3 else attn_mask
-            scores = scores.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        pattern = self.pattern(self.scores(scores).softmax(-1))  # (batch, head, query, key)
-        mixed = torch.einsum("bhqk,bkhd->bqhd", F.dropout(pattern, self.dropout, self.training), v)
-        out = self.out_proj(self.z(mixed).flatten(2))
+            mask = _to_be_added(mask, q)
+        if key_padding_mask is not None:
+            padding = _to_be_added(key_padding_mask, q)[:, None, None]
+            mask = padding if mask is None else mask + padding
+        if need_weights or _heard(self.scores, self.pattern):
+            z, pattern = _step_by_step(self, q, k, v, mask, self.head_dim**-0.5, dropout)
+        else:
+            z = self.z(F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2))
+        out = self.out_proj(z.flatten(2))
         weights = (pattern.mean(1) if average_attn_weights else pattern) if need_weights else None
         return (out if self.batch_first else out.transpose(0, 1)), weights
+
+
+def _to_be_added(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of `nn.MultiheadAttention` (boolean: true is blocked) as numbers to add to the scores."""
+    return like.new_zeros(mask.shape).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask.to(like.dtype)
 
 
 def _heads_of(out_weight: Tensor, n_heads: int) -> Tensor:
@@ -765,30 +815,24 @@ def _attend(
     usual: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Attention as transformers calls it, on (batch, head, token, head_dim), each step through a site of `module`."""
+    """Attention as transformers calls it, on (batch, head, token, head_dim), through the sites of `module`."""
     if "pattern" not in module._modules:  # a model that was not opened, but shares the config of one that was
         return usual(module, query, key, value, mask, **options)
-    # Contiguous, whatever an edit returns: how numbers lie in memory can decide the last bit of their product.
-    q, k, v = (
-        site(x.transpose(1, 2)).transpose(1, 2).contiguous()
-        for site, x in ((module.q, query), (module.k, key), (module.v, value))
-    )
+    q, k, v = _through(module.q, query), _through(module.k, key), _through(module.v, value)
+    wanted = options.get("output_attentions") or getattr(module.config, "output_attentions", False)
+    if not (wanted or _heard(module.scores, module.pattern)):
+        return module.z(usual(module, q, k, v, mask, **options)[0]), None
+    causal = options.get("is_causal")
+    if mask is None and q.shape[2] > 1 and (module.is_causal if causal is None else causal):
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * options["scaling"]
-    if mask is not None:
-        if mask.dtype != torch.bool:  # made by the caller: to be added, its least number standing for -inf
-            scores, mask = scores + mask, mask > torch.finfo(mask.dtype).min
-        scores = scores.masked_fill(~mask, -torch.inf)
-    scores = module.scores(scores)
-    pattern = module.pattern(scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(q.dtype))
-    mixed = F.dropout(pattern, options.get("dropout", 0.0), module.training) @ v
-    return module.z(mixed.transpose(1, 2)), pattern
+    return _step_by_step(module, q, k, v, mask, options["scaling"], options.get("dropout", 0.0))
 
 
 def _may_attend(usual: Callable[..., Any], *args: Any, **options: Any) -> Tensor | None:
     """(batch, 1, query, key), true where a query may attend: as usual, and to itself where that leaves nothing."""
-    mask = usual(*args, **options | {"allow_is_causal_skip": False})
-    if mask is None:
+    mask = usual(*args, **options)
+    if mask is None:  # no padding: the kernel knows by itself what is causal
         return None
     itself = torch.eye(*mask.shape[-2:], dtype=torch.bool, device=mask.device)
     return mask | (itself & ~mask.any(-1, keepdim=True))
@@ -798,6 +842,8 @@ def _may_attend(usual: Callable[..., Any], *args: Any, **options: Any) -> Tensor
 
 
 def _text_to_image(pipeline: Any) -> Anatomy:
+    from diffusers.models.attention_processor import AttnProcessor2_0  # slow, and the others do without
+
     unet = pipeline.unet
     _require(type(unet).__name__ == "UNet2DConditionModel", f"the denoiser {type(unet).__name__}")
     places = _unet_places(unet)
@@ -817,7 +863,7 @@ def _text_to_image(pipeline: Any) -> Anatomy:
             if not isinstance(attention.processor, _OpenProcessor):
                 _expose(attention, *ATTENTION_SITES)
                 OpenProjection.open(attention.to_out[0], attention.heads)
-                attention.set_processor(_OpenProcessor())
+                attention.set_processor(_OpenProcessor(AttnProcessor2_0()))
             points |= {f"{site}.{name}.{part}": Point(f"{path}.{part}") for part in ATTENTION_SITES}
             points |= {f"{site}.{name}.heads": Point(f"{path}.to_out.0.heads"), f"{site}.{name}": Point(path)}
         points |= {
@@ -857,25 +903,32 @@ def _check_unet(transformer: nn.Module) -> None:
 
 
 class _OpenProcessor:
-    """How diffusers computes an attention layer, each step through a site of the layer."""
+    """How diffusers computes an attention layer, through the sites of the layer; `usual` where nobody listens."""
+
+    def __init__(self, usual: Callable[..., Tensor]) -> None:
+        self.usual = usual
 
     def __call__(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None, **_unused: Any,
+        attention_mask: Tensor | None = None, **unused: Any,
     ) -> Tensor:  # fmt: skip
-        if attention_mask is not None:
-            raise NotImplementedError("an opened U-Net takes no attention mask: put it into the scores by an edit")
+        if not _heard(*(getattr(attn, name) for name in ATTENTION_SITES)):
+            return self.usual(attn, hidden_states, encoder_hidden_states, attention_mask, **unused)
         told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (
-            site(linear(x).unflatten(-1, (attn.heads, -1)))  # (batch, token, head, head_dim)
+            _through(site, linear(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2))  # (batch, head, token, head_dim)
             for site, linear, x in (
                 (attn.q, attn.to_q, hidden_states), (attn.k, attn.to_k, told), (attn.v, attn.to_v, told),
             )
         )  # fmt: skip
-        scores = attn.scores(torch.einsum("bqhd,bkhd->bhqk", q * attn.scale, k))
-        pattern = attn.pattern(scores.softmax(-1))
-        mixed = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
-        return attn.to_out[1](attn.to_out[0](attn.z(mixed).flatten(2)))
+        if attention_mask is not None:  # to be added
+            attention_mask = attn.prepare_attention_mask(attention_mask, told.shape[1], len(told))
+            attention_mask = attention_mask.view(len(told), attn.heads, -1, attention_mask.shape[-1])
+        if _heard(attn.scores, attn.pattern):
+            z, _ = _step_by_step(attn, q, k, v, attention_mask, attn.scale)
+        else:
+            z = attn.z(F.scaled_dot_product_attention(q, k, v, attention_mask).transpose(1, 2))
+        return attn.to_out[1](attn.to_out[0](z.flatten(2)))
 
 
 _BUILDERS: dict[str, Callable[[Any], Anatomy]] = {
