@@ -82,11 +82,11 @@ def _expose(module: nn.Module, *sites: str) -> None:
 
 
 def _heard(*sites: nn.Module) -> bool:
-    """Whether anybody has a hook at one of these modules."""
-    return any(
-        site._forward_hooks or site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks
-        for site in sites
-    )
+    """Whether anybody has a hook at one of these modules. (A plain loop: it runs in every layer of every pass.)"""
+    for site in sites:
+        if site._forward_hooks or site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks:
+            return True
+    return False
 
 
 def _step_by_step(

@@ -1,4 +1,5 @@
 """Read and change tensors inside a running model: `record` and `edit`, two context managers over any `nn.Module`.
+`collect` records over many inputs, batch by batch; `until` runs up to a site and no further.
 
 A *site* is the name of a place, for example `vision.3.attn`. The names come from `mmfm_utils.anatomy`; a bare
 `nn.Module` has names too: those of its submodules, each meaning that submodule's output. Names may hold wildcards
@@ -12,12 +13,16 @@ A *site* is the name of a place, for example `vision.3.attn`. The names come fro
 Hooks live exactly as long as their `with` block, whatever ends it (the idea of ROME's `nethook`, Meng et al. 2022,
 arXiv 2202.05262). Contexts act on a tensor in the order in which they were opened: a `record` opened inside an `edit`
 sees the edited value, one opened around it sees the value before. Hooks of others at the same module come after them.
+
+A pass that needs to go no further can be ended (`stop`, as in `nethook`): the rest of the block of the context that
+asked for it is then passed over. Any other context that waits for a site behind the end raises its `UsageError`, be it
+inside or around: what it was opened for did not happen.
 """
 
 import difflib
 import inspect
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -85,7 +90,7 @@ def resolve(model: Any, sites: str | Iterable[str]) -> list[str]:
 
 @contextmanager
 def record(
-    model: Any, sites: str | Iterable[str], grad: bool = False, every: bool = False
+    model: Any, sites: str | Iterable[str], grad: bool = False, every: bool = False, stop: bool = False
 ) -> Iterator[dict[str, Tensor | list[Tensor]]]:
     """Collect the tensors at `sites` in a dictionary {site: tensor}, filled as the forward pass reaches them.
 
@@ -95,8 +100,14 @@ def record(
     Recording never changes the result. The tensors are cut from the graph; with `grad=True` they are part of it (also
     where all parameters are frozen), and after `loss.backward()` hold their gradient in `.grad`.
 
-    Raises `UsageError` on entry if a name is not known, and on leaving if a site was never reached.
+    With `stop` the forward pass, and with it the `with` block, ends as soon as each site was reached once: nothing
+    behind the last of them is computed. What reads the tensors stands after the block.
+
+    Raises `UsageError` on entry if a name is not known or both `every` and `stop` are asked for, and on leaving if a
+    site was never reached.
     """
+    if every and stop:
+        raise UsageError("record can keep every pass or stop the first one, not both")
     kept: dict[str, Any] = {}
 
     def keep(tensor: Tensor, site: str) -> Tensor | None:
@@ -115,8 +126,72 @@ def record(
             kept[site] = tensor
         return on
 
-    with _attached(model, "record", [(site, keep) for site in resolve(model, sites)]):
+    with _attached(model, "record", [(site, keep) for site in resolve(model, sites)], stop):
         yield kept
+
+
+def until(model: Any, site: str, run: Callable[[], Any]) -> Tensor:
+    """Call `run()`, end it at `site` and return the tensor there: itself, a part of the graph where there is one.
+
+    Raises `UsageError` if the name is not known or stands for several sites, and if the site is not reached.
+    """
+    sites, found = resolve(model, site), []
+    if len(sites) > 1:
+        raise UsageError(f"until takes one site, not {_listed(sites)}")
+    with _attached(model, "until", [(sites[0], lambda tensor, _: found.append(tensor))], stop=True):
+        run()
+    return found[0]
+
+
+@torch.no_grad()
+def collect(
+    model: Any,
+    sites: str | Iterable[str],
+    run: Callable[[Any], Any],
+    items: Sequence[Any] | Mapping[str, Any],
+    batch: int = 32,
+    keep: Any = None,
+    to: str | torch.device | None = "cpu",
+    stop: bool = True,
+) -> dict[str, Tensor]:
+    """The tensors at `sites` over many inputs, `batch` of them at a time: {site: (item, ...)}.
+
+        collect(clip.anatomy, "vision.*.resid", lambda some: clip.model.encode_image(clip.pixels(some)), drawn, keep=0)
+
+    `run(part)` runs the model on a part of `items`: a list, a tensor, an array, `range(n)` for indices, or a dictionary
+    of such (a tokenizer's output), of which each value is cut. `keep` says what stays of a batch's tensor, first axis
+    first the items: None all of it; an index, slice or tensor for the second axis (`-1`: the last token); or a function
+    of the tensor, with a second required argument also of the site. What stays is copied to the device `to` (None: it
+    stays where it is), and nothing else is held. Each site gives its last tensor of a call of `run`; by default a pass
+    ends where all were reached. No gradients.
+
+    Raises `UsageError` without items, for a site that a batch does not reach, and where what stays of two batches has
+    unlike shapes beyond the first axis (pad all prompts to one length, or keep a part that all have).
+    """
+    names, cut = resolve(model, sites), items.values() if isinstance(items, Mapping) else [items]
+    n, parts = max((len(each) for each in cut), default=0), {}
+    if not n:
+        raise UsageError("collect was given no items")
+    if keep is not None and not callable(keep):
+        keep = lambda tensor, at=keep: tensor[:, at]
+    with_site = keep is not None and _n_required(keep) > 1
+    for start in range(0, n, batch):
+        here = slice(start, start + batch)
+        kept = {}
+
+        def step(tensor: Tensor, site: str, kept: dict[str, Tensor] = kept) -> None:
+            stays = tensor if keep is None else keep(tensor, site) if with_site else keep(tensor)
+            kept[site] = stays.to(tensor.device if to is None else to, copy=True)
+
+        with _attached(model, "collect", [(name, step) for name in names], stop):
+            run({key: x[here] for key, x in items.items()} if isinstance(items, Mapping) else items[here])
+        for name in names:
+            parts.setdefault(name, []).append(kept[name])
+    for name in names:
+        shapes = {tuple(part.shape[1:]) for part in parts[name]}
+        if len(shapes) > 1:
+            raise UsageError(f"collect: the batches at {name} have unlike shapes, (item, *{sorted(shapes)})")
+    return {name: torch.cat(parts.pop(name)) for name in names}
 
 
 @contextmanager
@@ -139,21 +214,22 @@ def edit(
         if not callable(function):
             raise UsageError(f"edit at {pattern} takes a function(tensor) -> tensor, not {type(function).__name__}")
         pairs += [(site, _checked(function, passes, counts)) for site in resolve(model, pattern)]
-    with _attached(model, "edit", pairs):
+
+    def check() -> None:
+        for site, n in counts.items():
+            if passes is not None and not any(index in passes for index in range(n)):
+                raise UsageError(
+                    f"edit acted in no pass: {site} was reached {n} times, counted from 0, never in {passes}"
+                )
+
+    with _attached(model, "edit", pairs, check=check):
         yield
-    for site, n in counts.items():
-        if passes is not None and not any(index in passes for index in range(n)):
-            raise UsageError(f"edit acted in no pass: {site} was reached {n} times, counted from 0, never in {passes}")
 
 
 def _checked(
     function: Callable[..., Tensor], passes: Container[int] | None, counts: dict[str, int]
 ) -> Callable[[Tensor, str], Tensor | None]:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):  # functions written in C, such as torch.zeros_like, do not tell their signature
-        parameters = ()
-    required = [p for p in parameters if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
+    required = _n_required(function)
     seen = itertools.count()  # of one site: each gets a function of its own
 
     def change(tensor: Tensor, site: str) -> Tensor | None:
@@ -161,7 +237,7 @@ def _checked(
         counts[site] = index + 1
         if passes is not None and index not in passes:
             return None
-        new = function(tensor.clone(), site) if len(required) > 1 else function(tensor.clone())
+        new = function(tensor.clone(), site) if required > 1 else function(tensor.clone())
         if not isinstance(new, Tensor):
             raise UsageError(f"edit at {site} returned {type(new).__name__}; it must return the tensor to go on with")
         if new.shape != tensor.shape:
@@ -173,6 +249,14 @@ def _checked(
     return change
 
 
+def _n_required(function: Callable[..., Any]) -> int:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):  # functions written in C, such as torch.zeros_like, do not tell their signature
+        parameters = ()
+    return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
+
+
 def _vocabulary(model: Any) -> tuple[nn.Module, Mapping[str, Point]]:
     if isinstance(model, nn.Module):
         return model, {name: Point(name) for name, _ in model.named_modules() if name}
@@ -182,38 +266,59 @@ def _vocabulary(model: Any) -> tuple[nn.Module, Mapping[str, Point]]:
 Step = Callable[[Tensor, str], Tensor | None]  # (tensor, site) -> tensor to go on with, or None to leave it
 
 
+class _Stop(BaseException):
+    """Ends a pass for the context whose set of reached sites it carries. No library may take it for an error."""
+
+
 @contextmanager
-def _attached(model: Any, verb: str, steps: list[tuple[str, Step]]) -> Iterator[None]:
+def _attached(
+    model: Any, verb: str, steps: list[tuple[str, Step]], stop: bool = False, check: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     root, points = _vocabulary(model)
     label = f"{verb}: {_listed([site for site, _ in steps])}"
-    handles, fired = [], set()
+    wanted, fired, handles = len({site for site, _ in steps}), set(), []
+
+    def reached(site: str) -> None:
+        fired.add(site)
+        if stop and len(fired) == wanted:
+            raise _Stop(fired)
+
+    def leave(cause: str) -> None:
+        silent = [site for site, _ in steps if site not in fired]
+        if silent:
+            others = f"; reached were {_listed(sorted(fired))}" if fired else ""
+            raise UsageError(
+                f"{verb} waited in vain at {_listed(silent)}: {cause}"
+                f"{others}. Run the part of the model it belongs to, or name another site"
+            )
+        check()
+
     _OPEN.append(label)
     try:
         for site, step in steps:
-            handles.append(_place(root.get_submodule(points[site].module), site, points[site], step, fired))
-        yield
-        silent = [site for site, _ in steps if site not in fired]
-        if silent:
-            reached = f"; reached were {_listed(sorted(fired))}" if fired else ""
-            raise UsageError(
-                f"{verb} waited in vain at {_listed(silent)}: no forward pass inside the `with` block reached it"
-                f"{reached}. Run the part of the model it belongs to, or name another site"
-            )
+            handles.append(_place(root.get_submodule(points[site].module), site, points[site], step, reached))
+        try:
+            yield
+            leave("no forward pass inside the `with` block reached it")
+        except _Stop as end:
+            if end.args[0] is not fired:
+                leave("a context with `stop` ended the pass before")
+                raise
     finally:
         for handle in handles:
             handle.remove()
         _OPEN.remove(label)
 
 
-def _place(module: nn.Module, site: str, point: Point, step: Step, fired: set[str]) -> Any:
+def _place(module: nn.Module, site: str, point: Point, step: Step, reached: Callable[[str], None]) -> Any:
     """Put one hook on `module`; the returned handle removes it."""
 
     def pass_through(raw: Any) -> Any:
         tensor = point.get(raw)
         if not isinstance(tensor, Tensor):
             raise UsageError(f"{site} holds {type(tensor).__name__}, not a tensor; give its Point a `get` and a `put`")
-        fired.add(site)
         new = step(tensor, site)
+        reached(site)
         return raw if new is None else point.put(raw, new)
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
