@@ -480,7 +480,7 @@ def test_gradients_at_every_site(opened):
 
 
 def test_heads_are_computed_only_when_someone_listens(opened, monkeypatch):
-    monkeypatch.setattr(anatomy, "_heads_of", lambda *args: pytest.fail("computed the heads"))
+    monkeypatch.setattr(anatomy.attention, "heads_of", lambda *args: pytest.fail("computed the heads"))
     with record(opened, "vision.*.attn.z"):
         run(opened, "vision")
 

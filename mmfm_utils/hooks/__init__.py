@@ -19,73 +19,19 @@ asked for it is then passed over. Any other context that waits for a site behind
 inside or around: what it was opened for did not happen.
 """
 
-import difflib
 import inspect
 import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmfm_utils import UsageError
+from mmfm_utils.hooks.attach import Point, active, attached, leftover, listed, resolve
 
-
-def _first(raw: Any) -> Any:
-    """The tensor in what a module takes or gives: itself, or the first entry of a tuple or list."""
-    return raw[0] if isinstance(raw, (tuple, list)) else raw
-
-
-def _replace_first(raw: Any, tensor: Tensor) -> Any:
-    return type(raw)((tensor, *raw[1:])) if isinstance(raw, (tuple, list)) else tensor
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where a tensor lives: the output (`"out"`) or the first argument (`"in"`) of the module at a dotted path.
-
-    `get(raw)` finds the tensor in that output or argument, and `put(raw, tensor)` gives it back in the same form.
-    Left out, they take the value itself, or the first entry of a tuple or list. Give both where the tensor sits
-    elsewhere or has its axes in another order.
-    """
-
-    module: str
-    side: str = "out"
-    get: Callable[[Any], Tensor] = _first
-    put: Callable[[Any, Tensor], Any] = _replace_first
-
-
-_OPEN: list[str] = []  # one line for every context that is open now
-
-
-def leftover() -> list[str]:
-    """The contexts that were opened and not yet closed, one line each. The runner calls it when a notebook ends."""
-    return list(_OPEN)
-
-
-def active(module: nn.Module) -> list[str]:
-    """The sites at which this module's hooks are alive somewhere in `module`, read from the hooks themselves."""
-    placed = (hook for m in module.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
-    return [hook.site for hook in placed if hasattr(hook, "site")]
-
-
-def resolve(model: Any, sites: str | Iterable[str]) -> list[str]:
-    """The full names that `sites` (a name or several, wildcards allowed) stand for, each once, in the model's order.
-
-    Raises `UsageError` with the nearest names where one matches nothing.
-    """
-    points = _vocabulary(model)[1]
-    found = []
-    for pattern in [sites] if isinstance(sites, str) else sites:
-        matches = [pattern] if pattern in points else [name for name in points if fnmatchcase(name, pattern)]
-        if not matches:
-            near = difflib.get_close_matches(pattern, points, n=3, cutoff=0.4) or list(points)[:3]
-            raise UsageError(f"no site is called {pattern!r}; the nearest are {', '.join(near)}")
-        found += matches
-    return list(dict.fromkeys(found))
+__all__ = ["Point", "active", "collect", "edit", "leftover", "record", "resolve", "until"]
 
 
 @contextmanager
@@ -126,7 +72,7 @@ def record(
             kept[site] = tensor
         return on
 
-    with _attached(model, "record", [(site, keep) for site in resolve(model, sites)], stop):
+    with attached(model, "record", [(site, keep) for site in resolve(model, sites)], stop):
         yield kept
 
 
@@ -137,8 +83,8 @@ def until(model: Any, site: str, run: Callable[[], Any]) -> Tensor:
     """
     sites, found = resolve(model, site), []
     if len(sites) > 1:
-        raise UsageError(f"until takes one site, not {_listed(sites)}")
-    with _attached(model, "until", [(sites[0], lambda tensor, _: found.append(tensor))], stop=True):
+        raise UsageError(f"until takes one site, not {listed(sites)}")
+    with attached(model, "until", [(sites[0], lambda tensor, _: found.append(tensor))], stop=True):
         run()
     return found[0]
 
@@ -183,7 +129,7 @@ def collect(
             stays = tensor if keep is None else keep(tensor, site) if with_site else keep(tensor)
             kept[site] = stays.to(tensor.device if to is None else to, copy=True)
 
-        with _attached(model, "collect", [(name, step) for name in names], stop):
+        with attached(model, "collect", [(name, step) for name in names], stop):
             run({key: x[here] for key, x in items.items()} if isinstance(items, Mapping) else items[here])
         for name in names:
             parts.setdefault(name, []).append(kept[name])
@@ -222,7 +168,7 @@ def edit(
                     f"edit acted in no pass: {site} was reached {n} times, counted from 0, never in {passes}"
                 )
 
-    with _attached(model, "edit", pairs, check=check):
+    with attached(model, "edit", pairs, check=check):
         yield
 
 
@@ -255,92 +201,3 @@ def _n_required(function: Callable[..., Any]) -> int:
     except (ValueError, TypeError):  # functions written in C, such as torch.zeros_like, do not tell their signature
         parameters = ()
     return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
-
-
-def _vocabulary(model: Any) -> tuple[nn.Module, Mapping[str, Point]]:
-    if isinstance(model, nn.Module):
-        return model, {name: Point(name) for name, _ in model.named_modules() if name}
-    return model.module, model.points
-
-
-Step = Callable[[Tensor, str], Tensor | None]  # (tensor, site) -> tensor to go on with, or None to leave it
-
-
-class _Stop(BaseException):
-    """Ends a pass for the context whose set of reached sites it carries. No library may take it for an error."""
-
-
-@contextmanager
-def _attached(
-    model: Any, verb: str, steps: list[tuple[str, Step]], stop: bool = False, check: Callable[[], None] = lambda: None
-) -> Iterator[None]:
-    root, points = _vocabulary(model)
-    label = f"{verb}: {_listed([site for site, _ in steps])}"
-    wanted, fired, handles = len({site for site, _ in steps}), set(), []
-
-    def reached(site: str) -> None:
-        fired.add(site)
-        if stop and len(fired) == wanted:
-            raise _Stop(fired)
-
-    def leave(cause: str) -> None:
-        silent = [site for site, _ in steps if site not in fired]
-        if silent:
-            others = f"; reached were {_listed(sorted(fired))}" if fired else ""
-            raise UsageError(
-                f"{verb} waited in vain at {_listed(silent)}: {cause}"
-                f"{others}. Run the part of the model it belongs to, or name another site"
-            )
-        check()
-
-    _OPEN.append(label)
-    try:
-        for site, step in steps:
-            handles.append(_place(root.get_submodule(points[site].module), site, points[site], step, reached))
-        try:
-            yield
-            leave("no forward pass inside the `with` block reached it")
-        except _Stop as end:
-            if end.args[0] is not fired:
-                leave("a context with `stop` ended the pass before")
-                raise
-    finally:
-        for handle in handles:
-            handle.remove()
-        _OPEN.remove(label)
-
-
-def _place(module: nn.Module, site: str, point: Point, step: Step, reached: Callable[[str], None]) -> Any:
-    """Put one hook on `module`; the returned handle removes it."""
-
-    def pass_through(raw: Any) -> Any:
-        tensor = point.get(raw)
-        if not isinstance(tensor, Tensor):
-            raise UsageError(f"{site} holds {type(tensor).__name__}, not a tensor; give its Point a `get` and a `put`")
-        new = step(tensor, site)
-        reached(site)
-        return raw if new is None else point.put(raw, new)
-
-    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (pass_through(args[0]), *args[1:]), kwargs
-        first = next(iter(kwargs))  # libraries differ in whether they pass the hidden states by name
-        return args, kwargs | {first: pass_through(kwargs[first])}
-
-    def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        return pass_through(output)
-
-    hook = before if point.side == "in" else after
-    hook.site = site
-    if point.side == "in":
-        return module.register_forward_pre_hook(hook, with_kwargs=True)
-    handle = module.register_forward_hook(hook)
-    # Whoever else listens here is given the edited tensor: transformers collects by hooks the states that LLaVA reads.
-    for key, other in list(module._forward_hooks.items()):
-        if not hasattr(other, "site"):
-            module._forward_hooks.move_to_end(key)
-    return handle
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
