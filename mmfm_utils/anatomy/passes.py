@@ -76,8 +76,9 @@ def restart(
 
 def place_output(anatomy: Anatomy, place: str) -> str:
     """The site at which a place of the U-Net gives its result on. `UsageError` if there is no such place."""
-    for site in (f"unet.{place}.resid", f"unet.{place}.res", f"unet.{place}"):
-        if site in anatomy.points and place != "out":
+    whole = place == "embed" or str(place).endswith(".resample")
+    for site in [f"unet.{place}"] if whole else (f"unet.{place}.resid", f"unet.{place}.res"):
+        if site in anatomy.points:
             return site
     known = [site.split(".", 1)[1].removesuffix(".res") for site in anatomy.points if site.endswith((".res", "sample"))]
     raise UsageError(f"the U-Net has no place {place!r}; it has embed, {', '.join(known)}")
