@@ -3,6 +3,7 @@
 #   make run ARGS="04 --resume"   the same, with arguments for `mmfm run`
 #   make test ARGS="-k scenes"    the tests, with arguments for pytest
 #   make lab                      open the notebooks in JupyterLab
+#   make bench                    what opening a model costs, as a table of ratios
 #   make lint                     ruff and the notebook contract
 #   make lock                     resolve pyproject.toml into requirements.lock again (UPGRADE=--upgrade for newer versions)
 #   make clean                    remove .venv
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 UPGRADE ?=
 
-.PHONY: help run test lab lint lock setup clean
+.PHONY: help run test lab bench lint lock setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +28,9 @@ test: setup
 
 lab: setup
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
+
+bench: setup
+	$(BIN)/python benchmarks/opened.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

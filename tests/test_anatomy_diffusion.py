@@ -1,46 +1,18 @@
-"""The anatomy of text-to-image pipelines, on Stable Diffusion's architecture at a small size with random weights."""
+"""What is particular to the anatomy of text-to-image pipelines; what holds for all families is in test_anatomy.py."""
 
 import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from mmfm_utils import UsageError, anatomy, hooks, models
 from mmfm_utils.hooks import edit, record
-
-N_TOKENS = 12
-
-
-def pipeline(**unet):
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(models.FOLDER / "contrastive", local_files_only=True)
-    tokenizer.model_max_length = N_TOKENS
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=N_TOKENS, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    layout = dict(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24, attention_head_dim=4, norm_num_groups=8,
-    )  # fmt: skip
-    return StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4,
-        ),
-        unet=UNet2DConditionModel(**layout | unet), tokenizer=tokenizer, text_encoder=CLIPTextModel(text),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
+from tests.anatomy_families import FAMILIES, N_TOKENS, pipeline, relative
 
 
 @pytest.fixture(scope="module")
 def opened():
-    return models.of_pipeline(pipeline(), torch.device("cpu"))
+    return models.of_pipeline(FAMILIES["stable diffusion"].build(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +26,6 @@ def inputs():
 def predict(opened, inputs):
     with torch.no_grad():
         return opened.model.unet(*inputs).sample
-
-
-def test_opening_changes_neither_output_nor_weights(opened, inputs):
-    plain = pipeline().unet.eval()
-    plain.set_attn_processor(AttnProcessor2_0())
-    with torch.no_grad():
-        expected = plain(*inputs).sample
-    assert torch.allclose(predict(opened, inputs), expected, atol=1e-5)
-    assert opened.model.unet.state_dict().keys() == plain.state_dict().keys()
-
-
-def test_opening_twice_is_opening_once(opened, inputs):
-    before = predict(opened, inputs)
-    again = anatomy.of(opened.model)
-    assert list(again.points) == list(opened.anatomy.points)
-    assert torch.equal(predict(opened, inputs), before)
 
 
 def test_every_unet_site_fires_in_the_order_of_its_name(opened, inputs):
@@ -86,16 +42,16 @@ def test_every_unet_site_fires_in_the_order_of_its_name(opened, inputs):
     assert {"unet.down.0.resample", "unet.up.0.resample", "unet.down.1.0.res", "unet.mid.1.res"} <= set(sites)
 
 
-@pytest.mark.parametrize(
-    "site", ["res", "self", "cross.pattern", "cross.heads", "self.scores", "mlp", "resid", "embed"]
-)
-def test_editing_with_the_recorded_value_changes_no_bit(opened, inputs, site):
-    sites = f"unet.*{site}"
-    before = predict(opened, inputs)
-    with record(opened.anatomy, sites) as seen:
-        assert torch.equal(predict(opened, inputs), before)
-    with edit(opened.anatomy, {sites: lambda x, site: seen[site]}):
-        assert torch.equal(predict(opened, inputs), before)
+def test_an_attention_mask_is_heeded_on_every_path(opened, inputs):
+    told = torch.ones(2, N_TOKENS, dtype=torch.bool)
+    told[:, 5:] = False
+    with torch.no_grad():
+        masked = opened.model.unet(*inputs, encoder_attention_mask=told).sample
+        for part in ("z", "pattern"):
+            with record(opened.anatomy, f"unet.*.cross.{part}") as seen:
+                assert torch.allclose(opened.model.unet(*inputs, encoder_attention_mask=told).sample, masked, atol=1e-5)
+    assert not torch.allclose(masked, predict(opened, inputs), atol=1e-3)
+    assert all(pattern[..., 5:].max() < 1e-6 for pattern in seen.values())
 
 
 def test_pattern_is_what_diffusers_computes(opened, inputs):
@@ -106,16 +62,6 @@ def test_pattern_is_what_diffusers_computes(opened, inputs):
     assert pattern.shape == (2, attn.heads, 16, N_TOKENS)  # (batch, head, 4 x 4 positions, token)
     by_head = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
     assert torch.allclose(attn.get_attention_scores(*by_head), pattern.flatten(0, 1), atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["self", "cross"])
-def test_heads_sum_to_what_attention_adds(opened, inputs, kind):
-    with record(opened.anatomy, [f"unet.up.1.0.{kind}", f"unet.up.1.0.{kind}.heads"]) as seen:
-        predict(opened, inputs)
-    heads, whole = seen[f"unet.up.1.0.{kind}.heads"], seen[f"unet.up.1.0.{kind}"]
-    block = opened.model.unet.up_blocks[1].attentions[0].transformer_blocks[0]
-    bias = (block.attn1 if kind == "self" else block.attn2).to_out[0].bias
-    assert torch.allclose(heads.sum(-2) + bias, whole, atol=1e-5)
 
 
 def test_text_final_is_what_the_unet_reads(opened):
@@ -185,3 +131,51 @@ def test_what_it_does_not_know_is_said():
     with pytest.raises(UsageError, match="several transformer layers"):
         anatomy.of(deep)
     assert {type(p) for p in deep.unet.attn_processors.values()} == {type(p) for p in before.values()}
+
+
+PLACES = ["down.0.0", "down.0.1", "down.0.resample", "down.1.1", "mid.0", "mid.1", "up.0.0", "up.0.resample", "up.1.2"]
+
+
+@pytest.mark.parametrize("start", ["embed", *PLACES])
+def test_run_between_places_of_the_unet(opened, inputs, start):
+    """From what earlier places gave, skip states included; edited there or not, to a later place or the end."""
+    opened, (sample, timestep, told) = opened.anatomy, inputs
+    given = dict(timestep=timestep, encoder_hidden_states=told)
+    output = anatomy.passes.place_output(opened, start)
+    kinds = ["unet.embed", "unet.*.res", "unet.*.resid", "unet.*.resample", "unet.out"]
+
+    def whole():
+        with record(opened, kinds) as seen, torch.no_grad():
+            opened.module["unet"](sample, timestep, told)
+        return seen
+
+    seen = whole()
+    with edit(opened, {output: lambda x: x.flip(0) * 1.5}):
+        changed = whole()
+    assert relative(changed["unet.out"], seen["unet.out"]) > 1e-3
+    behind = [place for place in PLACES[PLACES.index(start) + 1 if start in PLACES else 0 :]]
+    for states in (seen, dict(seen, **{output: seen[output].flip(0) * 1.5})):
+        expected = seen if states is seen else changed
+        with torch.no_grad():
+            assert torch.equal(anatomy.run_between(opened, "unet", states, start, **given), expected["unet.out"])
+            for stop in behind[:2]:
+                site = anatomy.passes.place_output(opened, stop)
+                assert torch.equal(anatomy.run_between(opened, "unet", states, start, stop, **given), expected[site])
+    for silent, stop in (("unet.embed", None), ("unet.out", behind[0] if behind else None)):
+        if silent == "unet.embed" or stop:
+            with pytest.raises(UsageError, match="in vain"), record(opened, silent), torch.no_grad():
+                anatomy.run_between(opened, "unet", seen, start, stop, **given)
+    assert torch.equal(whole()["unet.out"], seen["unet.out"])
+
+
+def test_run_between_places_refuses(opened, inputs):
+    given = dict(timestep=inputs[1], encoder_hidden_states=inputs[2])
+    for start, stop, message in (
+        ("mid.0", None, "too"),
+        ("mid.7", None, "no place 'mid.7'; it has embed, down.0.0"),
+        ("mid.0.cross", None, "no place"),
+        ("out", None, "no place"),
+        ("mid.0", "down.0.1", "to a later one"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            anatomy.run_between(opened.anatomy, "unet", {"unet.embed": inputs[0]}, start, stop, **given)

@@ -244,3 +244,108 @@ def test_a_place_that_holds_no_tensor_says_so(toy, x):
     named.points["toy.weights"] = Point("pair", "out", lambda raw: raw[1])
     with pytest.raises(UsageError, match="toy.weights holds str, not a tensor"), record(named, "toy.weights"):
         toy(x)
+
+
+# ---- stopping a pass, and many inputs ----
+
+
+def test_stop_ends_the_pass_behind_the_last_site(toy, x):
+    ran = []
+    counter = toy.pair.register_forward_hook(lambda *_: ran.append(1))
+    with record(toy, "layers.*") as whole:
+        toy(x)
+    with record(toy, "layers.*", stop=True) as seen:
+        toy(x)
+        pytest.fail("the rest of the block is passed over")
+    assert ran == [1] and all(torch.equal(seen[site], whole[site]) for site in whole)
+    with record(toy, "layers.1", stop=True, grad=True) as seen:
+        toy(x)
+    seen["layers.1"].sum().backward()
+    assert toy.layers[0].weight.grad.abs().sum() > 0 and len(ran) == 1
+    counter.remove()
+    assert n_hooks(toy) == 0
+    with pytest.raises(UsageError, match="not both"), record(toy, "pair", every=True, stop=True):
+        pytest.fail("must not get this far")
+
+
+def test_a_stop_that_does_not_come_is_a_site_that_was_not_reached(toy, x):
+    with pytest.raises(UsageError, match="waited in vain at unused"), record(toy, ["pair", "unused"], stop=True):
+        toy(x)
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_other_contexts_and_a_stop(toy, x, around):
+    """Inside or around: what was reached has acted, what waits behind the end is told so."""
+
+    def passed(other):
+        contexts = [other, stopping := record(toy, "layers.1", stop=True)]
+        with contexts[not around] as first, contexts[around] as second:
+            toy(x)
+        return second if contexts[around] is stopping else first
+
+    plain = passed(record(toy, "layers.0"))["layers.1"]
+    assert torch.equal(passed(edit(toy, {"layers.0": torch.zeros_like}))["layers.1"], toy.layers[1](0 * x))
+    assert not torch.equal(plain, toy.layers[1](0 * x))
+    for other in (record(toy, "pair"), edit(toy, {"pair": torch.zeros_like})):
+        with pytest.raises(UsageError, match=r"waited in vain at pair: a context with `stop`|no forward pass"):
+            passed(other)
+    with pytest.raises(UsageError, match="acted in no pass"):
+        passed(edit(toy, {"layers.0": torch.zeros_like}, passes=[3]))
+    assert n_hooks(toy) == 0
+    with record(toy, "pair", stop=True) as far:  # of two that stop, the nearer ends its own block alone
+        with record(toy, "layers.0", stop=True) as near:
+            toy(x)
+        toy(x)
+    assert list(near) == ["layers.0"] and list(far) == ["pair"]
+
+
+def test_until(toy, x):
+    x = x.requires_grad_()
+    state = hooks.until(toy, "layers.1", lambda: toy(x))
+    assert torch.equal(state, toy.layers[1](toy.layers[0](x).relu())) and state.requires_grad
+    with pytest.raises(UsageError, match="one site"):
+        hooks.until(toy, "layers.*", lambda: toy(x))
+
+
+@pytest.mark.parametrize("batch", [2, 3, 100])
+def test_collect_is_recording_batch_by_batch(toy, batch):
+    xs = torch.randn(7, 5, 4, generator=torch.Generator().manual_seed(3), requires_grad=True)  # (item, token, width)
+    ran = []
+    counter = toy.pair.register_forward_hook(lambda *_: ran.append(1))
+    with record(toy, "layers.*") as whole:
+        toy(xs)
+    got = hooks.collect(toy, "layers.*", toy, xs, batch)
+    counter.remove()
+    assert len(ran) == 1 and list(got) == list(whole)
+    for site, tensor in got.items():
+        assert torch.allclose(tensor, whole[site], atol=1e-6) and not tensor.requires_grad
+    of = {"x": xs, "rows": list(range(7))}
+    for keep, expected in (
+        (-1, lambda t: t[:, -1]),
+        (slice(1, 3), lambda t: t[:, 1:3]),
+        (torch.tensor([4, 0]), lambda t: t[:, [4, 0]]),
+        (lambda t: t.mean(1), lambda t: t.mean(1)),
+    ):
+        got = hooks.collect(toy, ["layers.1"], lambda part: toy(part["x"]), of, batch, keep)["layers.1"]
+        assert torch.allclose(got, expected(whole["layers.1"]), atol=1e-6)
+    named = hooks.collect(toy, "layers.*", toy, xs, batch, lambda t, site: t[..., int(site[-1])])
+    assert torch.allclose(named["layers.1"], whole["layers.1"][..., 1], atol=1e-6)
+    by_index = hooks.collect(toy, "pair", lambda rows: toy(xs[rows.start : rows.stop]), range(7), batch, stop=False)
+    assert torch.allclose(by_index["pair"], toy(xs), atol=1e-6)
+
+
+def test_collect_keeps_a_copy_of_what_stays_and_no_more(toy):
+    xs = torch.randn(4, 5, 4, generator=torch.Generator().manual_seed(3))
+    got = hooks.collect(toy, "layers.0", toy, xs, keep=0, to=None, stop=False)["layers.0"]
+    assert torch.equal(got, toy.layers[0](xs)[:, 0])  # the in-place ReLU behind has not reached it
+    assert got.untyped_storage().nbytes() == got.nbytes
+
+
+def test_collect_refuses(toy):
+    xs = [torch.zeros(4), torch.zeros(5, 4)]
+    for message, items in (("no items", []), ("no items", {}), ("unlike shapes", xs)):
+        with pytest.raises(UsageError, match=message):
+            hooks.collect(toy, "layers.0", lambda part: toy(part[0][None]), items, batch=1)
+    with pytest.raises(UsageError, match="collect waited in vain at unused"):
+        hooks.collect(toy, "unused", toy, torch.zeros(2, 4))
+    assert n_hooks(toy) == 0
