@@ -121,5 +121,7 @@ def _trained(
         model, found = auto.from_pretrained(source.folder, use_safetensors=True, **options)
         strange = ()  # some repositories bring more than the model needs
     if found["missing_keys"] or strange:
-        raise UsageError(f"The weights in {source.part or source.folder} do not fit the config beside them: fetch both again.")
+        raise UsageError(
+            f"The weights in {source.part or source.folder} do not fit the config beside them: fetch both again."
+        )
     return model
