@@ -3,6 +3,9 @@
 The methods that the notebooks teach are written out in the notebooks, never here.
 """
 
+import os
+from pathlib import Path
+
 __version__ = "0.1.0"
 
 
@@ -11,3 +14,8 @@ class UsageError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+def root() -> Path:
+    """The folder that holds notebooks/, data/ and results/: $MMFM_ROOT, else the one that holds mmfm_utils/."""
+    return Path(os.environ.get("MMFM_ROOT") or Path(__file__).resolve().parents[1])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from . import UsageError, __version__, course, findings, runner
+from . import UsageError, __version__, course, findings, models, runner
 from .runner import say
 
 
@@ -130,16 +130,22 @@ def grade(args) -> int:
     return grading.grade(args.submissions, args.names, args.course, limits, not args.no_sandbox, args.again)
 
 
-def doctor(args) -> int:
+def gpu() -> str:
+    """The name of the GPU that torch sees, or nothing. torch is slow to import: it is asked only where a driver is."""
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, and both under Windows
+    if not shutil.which("nvidia-smi") and not any(Path(driver).exists() for driver in drivers):
+        return ""
     import torch
 
-    from . import models
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
+
+def doctor(args) -> int:
     say("Checking this machine; nothing is written\n")
-    cuda = torch.cuda.is_available()
+    seen = gpu()
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(findings.root())
     lines = {
-        "device": f"cuda: {torch.cuda.get_device_name()}" if cuda else "cpu (torch sees no CUDA device)",
+        "device": f"cuda: {seen}" if seen else "cpu (torch sees no CUDA device)",
         "cores": runner.cores(),
         "memory": f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
         "disk": f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free at {findings.root()}",

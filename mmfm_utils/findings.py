@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from . import UsageError
+from . import UsageError, root
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "not judged")
 PROFILES = ("tiny", "rehearsal", "hub")
@@ -30,11 +30,6 @@ OPERATORS = {
 }  # fmt: skip
 FUNCTIONS = {"abs": abs, "min": min, "max": max}
 NAMES = ("value", "control", "interval", "n")
-
-
-def root() -> Path:
-    """The folder that holds notebooks/, data/ and results/: $MMFM_ROOT, else the one that holds mmfm_utils/."""
-    return Path(os.environ.get("MMFM_ROOT") or Path(__file__).resolve().parents[1])
 
 
 def nearest(word: str, known) -> str:

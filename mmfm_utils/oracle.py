@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
 from PIL import Image
 from scipy import ndimage
 
@@ -91,6 +90,8 @@ class Oracle:
     """`read(pictures)` says what is in pictures of the world. Raises UsageError where its weights are missing."""
 
     def __init__(self, device: str = "auto"):
+        from diffusers import UNet2DModel  # slow
+
         self.device = models.device_of(device)
         folder = models.intact("diffusion_oracle", need_weights=True)
         self.network = UNet2DModel.from_pretrained(folder, use_safetensors=True).to(self.device).eval()

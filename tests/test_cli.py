@@ -4,15 +4,13 @@ import json
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-import mmfm_utils
-from mmfm_utils import cli, findings, runner
+from mmfm_utils import cli, findings, models, runner
 
 PARAMETERS = (
     'profile = "tiny"\ndevice = "auto"\nseed = 0\nrate = 0.5\nword = "dog"\nfast = True\nlayers = [1]\nbest = None'
@@ -114,9 +112,7 @@ def test_doctor(world, capsys, monkeypatch):
     rows += [("contrastive", "hub", "not cached", "fetch it"), ("contrastive", "rehearsal", "from config", "")]
     rows += [("diffusion", "hub", "cached", ""), ("diffusion", "rehearsal", "from config", "")]
     rows = [dict(zip(("family", "profile", "state", "hint"), row), name="B", path="p", bytes=5e6) for row in rows]
-    models = types.SimpleNamespace(inventory=lambda: rows)
-    monkeypatch.setitem(sys.modules, "mmfm_utils.models", models)
-    monkeypatch.setattr(mmfm_utils, "models", models, raising=False)
+    monkeypatch.setattr(models, "inventory", lambda: rows)
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     for part in (
@@ -137,6 +133,20 @@ def test_doctor(world, capsys, monkeypatch):
     assert cli.main(["doctor"]) == 1
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert lines["04_dead_ends"].endswith("runs under rehearsal")
+
+
+def test_doctor_needs_no_slow_library(monkeypatch):
+    """It lists every embedded model, and asks torch only where there is a driver of a GPU."""
+    script = "import sys\nfrom mmfm_utils import cli\ncode, seen = cli.main(['doctor']), cli.gpu()\n"
+    script += "print(code, [n for n in ('torch', 'transformers', 'diffusers', 'open_clip') if n in sys.modules])"
+    monkeypatch.setenv("PATH", "/nonexistent")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=findings.root())
+    *lines, last = done.stdout.splitlines()
+    driver = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+    assert last == f"0 {['torch'] if driver else []}", done.stdout + done.stderr
+    listed = {tuple(line.split()[:3]) for line in lines}
+    for family, folders in models.EMBEDDED.items():
+        assert {(family, "tiny", folder) for folder in folders.values()} <= listed
 
 
 def test_report_and_compare(world, capsys):

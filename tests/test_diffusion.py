@@ -101,10 +101,11 @@ def test_painting_follows_the_prompt_more_than_another(sd):
 def test_damaged_files_are_noticed_and_named(monkeypatch, tmp_path, damage):
     import shutil
 
-    shutil.copytree(models.FOLDER / "diffusion", tmp_path / "diffusion")
-    path = tmp_path / "diffusion" / "unet" / "diffusion_pytorch_model.safetensors"
+    folder = tmp_path / "data" / "models" / "diffusion"
+    shutil.copytree(models.FOLDER / "diffusion", folder)
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:1000])
-    monkeypatch.setattr(models, "FOLDER", tmp_path)
+    monkeypatch.setenv("MMFM_ROOT", str(tmp_path))
     with pytest.raises(UsageError, match=f"unet/.* is {damage}. Restore it: git checkout -- data/models/diffusion"):
         models.load("diffusion", device="cpu")
 
@@ -164,7 +165,7 @@ def hub(tmp_path, monkeypatch):
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
         (folder / "tokenizer" / name).write_text("{}" if name.endswith(".json") else "")
     found = lambda _, file: str(folder / file) if (folder / file).exists() else None
-    monkeypatch.setattr(models, "try_to_load_from_cache", found)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", found)
     return folder
 
 
@@ -183,7 +184,7 @@ def test_the_hub_cache_is_read(hub, sd):
 
 
 def test_an_empty_cache_names_the_command(monkeypatch):
-    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(UsageError, match="hf download stable-diffusion-v1-5/stable-diffusion-v1-5 model_index.json"):
         models.load("diffusion", "hub", "cpu")
 

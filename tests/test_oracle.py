@@ -68,12 +68,6 @@ def test_the_card_tells_the_truth(recipe, reader):
         assert abs(value - said) <= card["tolerance"] + noise, name
 
 
-@pytest.mark.parametrize("name", ["object", "colour", "style", "ground"])
-def test_the_judge_is_better_than_what_it_judges(name):
-    """One that errs in a picture of ten cannot tell 85 % from 95 %."""
-    assert models.read_card("diffusion_oracle")["held_out"][name] >= 0.95
-
-
 def test_large_pictures_are_read_as_small_ones(reader):
     drawn = scenes.World(counts=(1.0,), sizes=("large",), natural=0.0, split="test").sample_many(8, seed=2)
     small, large = (reader.read(scenes.render_batch(drawn, side)) for side in (64, 256))
@@ -88,11 +82,10 @@ def test_batches_do_not_matter(reader):
 
 
 def test_missing_weights_are_named(monkeypatch, tmp_path):
-    (tmp_path / "diffusion_oracle").mkdir()
-    (tmp_path / "diffusion_oracle" / "card.json").write_text(
-        (models.FOLDER / "diffusion_oracle" / "card.json").read_text()
-    )
-    monkeypatch.setattr(models, "FOLDER", tmp_path)
+    folder = tmp_path / "data" / "models" / "diffusion_oracle"
+    folder.mkdir(parents=True)
+    (folder / "card.json").write_text((models.FOLDER / "diffusion_oracle" / "card.json").read_text())
+    monkeypatch.setenv("MMFM_ROOT", str(tmp_path))
     with pytest.raises(UsageError, match="missing. Restore it: git checkout -- data/models/diffusion_oracle"):
         oracle.Oracle("cpu")
 

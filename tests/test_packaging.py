@@ -26,7 +26,8 @@ FLOORS = [
 ]  # fmt: skip
 # Below, and still none of their business.
 UNKNOWN_TO = {"metrics": {"models"}, "plots": {"models"}, "findings": {"models"}}
-MAX_LINES = 6600  # docstrings and comments included, which are a quarter of them
+MAX_LINES = 300  # of a module, docstrings and comments included, which are a quarter of them
+TOO_LONG = {"findings.py", "grading.py", "runner.py", "training.py"}  # still to be divided
 # What the notebooks teach is written out in the notebooks: no function or class of the package bears these in its name.
 METHODS = [
     "ablate", "ablation", "attribution", "decompose", "decomposition", "gradcam", "integrated_gradients", "knockout",
@@ -236,10 +237,9 @@ def test_nothing_unsafe(path):
     assert not unsafe(path.read_text(encoding="utf-8"))
 
 
-def test_the_package_stays_thin():
-    lines = {str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
-    total = sum(lines.values())
-    assert total < MAX_LINES, f"{total} lines; what could a library do, or a notebook? {lines}"
+def test_no_module_is_longer_than_a_room():
+    lines = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in MODULES}
+    assert {name for name, n in lines.items() if n > MAX_LINES} == TOO_LONG
 
 
 def test_a_method_would_be_caught():
