@@ -49,6 +49,7 @@ EMBEDDED = {
 }
 # What the notebooks of a family read besides: the oracle that judges what is painted.
 BESIDE = {"diffusion": ("diffusion_oracle",)}
+LOADED = set()  # the folders of the embedded models that this process has opened, for the stamp of a notebook
 CARD = ("name", "library", "held_out", "chance", "licence", "files")  # what a card must hold
 SEEN = (
     "pairs_seen",
@@ -726,6 +727,7 @@ def intact(folder: str, need_weights: bool) -> Path:
         raise UsageError(
             f"The file data/models/{folder}/{name} is {state}. Restore it: git checkout -- data/models/{folder}"
         )
+    LOADED.add(folder)
     return FOLDER / folder
 
 
