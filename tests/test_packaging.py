@@ -26,7 +26,7 @@ FLOORS = [
 ]  # fmt: skip
 # Below, and still none of their business.
 UNKNOWN_TO = {"metrics": {"models"}, "plots": {"models"}, "findings": {"models"}}
-MAX_LINES = 6100  # docstrings and comments included, which are a quarter of them
+MAX_LINES = 6250  # docstrings and comments included, which are a quarter of them
 # What the notebooks teach is written out in the notebooks: no function or class of the package bears these in its name.
 METHODS = [
     "ablate", "ablation", "attribution", "decompose", "decomposition", "gradcam", "integrated_gradients", "knockout",

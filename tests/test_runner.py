@@ -357,10 +357,11 @@ def test_the_stamp_covers_the_models_that_were_loaded_and_no_other(world):
     for name in ("language", "language_half"):
         (folder / name).mkdir(parents=True)
         (folder / name / "model.safetensors").write_text(name)
-    world.add("01_first", "import sys, types", "sys.modules['mmfm_utils.models'] = types.SimpleNamespace(LOADED={'language'})",
-              MEASURE, metadata={"mmfm": {"families": ["language"]}})  # fmt: skip
+    models = "import sys, types\nsys.modules['mmfm_utils.models'] = types.SimpleNamespace(LOADED={'language'})"
+    world.add("01_first", models, MEASURE)
     assert world.run(write=True) == (0, ANY)
     nb, old = (runner.read(world.path("01_first")) for _ in range(2))
+    old.metadata["mmfm"]["families"] = ["language"]
     old.metadata["mmfm"]["stamp"]["weights"] = runner.weights_hash(old)  # as it was written once
     assert list(nb.metadata["mmfm"]["stamp"]["weights"]) == ["language"]
     assert runner.stale(nb) == runner.stale(old) == ""

@@ -86,7 +86,7 @@ def test_a_widget_whose_globals_are_rebound_below_it_fails_the_run(tmp_path):
         f"the widget of `<lambda>` {end}",
         "the widget of `<lambda>` can no longer be drawn at the end: NameError: name 'gone' is not defined",
     ]
-    shown = [output for output in nbformat.reads(result["executed"], 4).cells[2].outputs if "image/png" in output.data]
+    shown = [output for output in nbformat.reads(result["executed"], 4).cells[3].outputs if "image/png" in output.data]
     assert len(shown) == 6 and shown[0].data["text/plain"] == "<Figure size 300x200 with 1 Axes>"
 
 
