@@ -184,7 +184,7 @@ class Client(PapermillNotebookClient):
 
     def execute_cell(self, cell, index, **more):
         self.at, self.cell = index, self.numbers.get(id(cell), self.cell)
-        if trial := self.trials.get(cell.metadata.get("nbgrader", {}).get("grade_id")):
+        if trial := self.trials and self.trials.get(cell.metadata.get("nbgrader", {}).get("grade_id")):
             self.complaints += self._try_out(cell, trial)
         return super().execute_cell(cell, index, **more)
 
@@ -209,7 +209,7 @@ class Client(PapermillNotebookClient):
             super().papermill_execute_cells()
             if not errors(self.nb):
                 close = "__import__('mmfm_utils.findings').findings.close()"
-                self.wait_for_reply(self.kc.execute(close, silent=True), self.nb.cells[-1])
+                self.wait_for_reply(self.kc.execute(close, silent=True), *self.nb.cells[-1:])
         except DeadKernelError:
             self.exit_code = self.km.provisioner.process.poll()
             raise
