@@ -43,8 +43,9 @@ class Progress:
                     rest[name] = max(0, rest[name] - spent) if rest[name] else None
                     about = f", about {rest[name]:.0f} s left" if rest[name] else ""
                     parts.append(f"{name} in cell {client.cell} of {client.cells} after {spent:.0f} s{about}")
-            times = list(rest.values())
-            about = f", about {max(*times, sum(times) / self.jobs, 0) / 60:.0f} min" if None not in times else ""
+            times = [0, *rest.values()]
+            whole = 0 if None in times else max(*times, sum(times) / self.jobs)
+            about = f", about {max(1, whole / 60):.0f} min" if whole else ""
             lines.append("; ".join([*parts, f"{len(left)} notebooks to go{about}"]))
         for line in lines:
             print(f"  {line}", file=sys.stderr, flush=True)
