@@ -10,15 +10,18 @@ EVERY = 30  # seconds between two lines
 
 
 def last_seconds(task: dict, folder: Path) -> float | None:
-    """What a notebook took when it last ran well into this folder, or else in the committed run; None if unknown."""
+    """What a notebook took when it last ran well into this folder with these parameters, or else in the committed run.
+
+    None where neither is known.
+    """
     try:
         last = json.loads((folder / f"{task['name']}.json").read_text())
-        if last["status"] == "ok":
+        if last["status"] == "ok" and last["parameters"] == task["parameters"]:
             return last["seconds"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     measured = re.search(r"<!--measured-->(\d+) s", task["notebook"])
-    return float(measured[1]) if measured else None
+    return float(measured[1]) if measured and task["compared"] else None
 
 
 class Progress:
