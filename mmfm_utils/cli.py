@@ -113,7 +113,7 @@ def check(args) -> int:
     say(f"Checking the exercises of {len(paths)} notebooks; nothing is written")
     for path in paths:
         begun, nb, wrong = time.perf_counter(), runner.read(path), exercises.wrong_answers(path.stem)
-        found = exercises.check(nb, path.stem, wrong, path.resolve().parent)
+        found = exercises.check(path)
         bad += bool(found)
         counts = f"{len(exercises.exercises(nb))} exercises, {sum(map(len, wrong.values()))} wrong answers"
         told = f"{len(found)} complaints" if found else "as they should be"

@@ -479,7 +479,11 @@ def ledger() -> None:
 
 
 def close() -> None:
-    """What the runner asks for in the same kernel, after the last cell: hooks still open, and the device in use."""
-    hooks, torch = sys.modules.get("mmfm_utils.hooks"), sys.modules.get("torch")
+    """What the runner asks for in the same kernel, after the last cell: what is wrong with widgets, hooks still open,
+    embedded models that were opened, and the device in use."""
+    hooks, plots, models = (sys.modules.get(f"mmfm_utils.{name}") for name in ("hooks", "plots", "models"))
+    torch = sys.modules.get("torch")
+    told = {"widgets": plots.changed() if plots else [], "loaded": sorted(models.LOADED) if models else []}
+    told |= {"open_hooks": [str(hook) for hook in hooks.leftover()] if hooks else []}
     device = torch.cuda.get_device_name() if torch and torch.cuda.is_initialized() else "cpu"
-    _save(closed=True, open_hooks=[str(hook) for hook in hooks.leftover()] if hooks else [], device=device)
+    _save(closed=True, device=device, **told)

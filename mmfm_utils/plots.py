@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from types import CodeType, FunctionType
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython import get_ipython
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -123,14 +125,24 @@ def bars(
     return shown
 
 
+_twins: list[tuple[Callable[..., Figure], dict, dict, dict]] = []  # (draw, first values, picture, globals it read)
+
+
 def explore(draw: Callable[..., Figure], **controls: widgets.Widget) -> None:
     """A widget that redraws `draw(**values)` whenever a control moves, and its static twin.
 
     The twin is the figure for the controls' first values. It is an ordinary picture in the page, so a page without a
-    kernel shows the same thing; with a kernel, the widget draws into its own place below.
+    kernel shows the same thing; with a kernel, the widget draws into its own place below. `changed` compares the twin
+    with what the same values draw later.
     """
-    first = draw(**{name: control.value for name, control in controls.items()})
-    display(first)
+    values = {name: control.value for name, control in controls.items()}
+    first = draw(**values)
+    if get_ipython():
+        data, about = _shown(first)
+        display(data, metadata=about, raw=True)
+        _twins.append((draw, values, data, _globals(draw)))
+    else:
+        display(first)
     plt.close(first)
     place = widgets.Output()
 
@@ -149,3 +161,54 @@ def explore(draw: Callable[..., Figure], **controls: widgets.Widget) -> None:
         control.observe(redraw, names="value")
     row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap", "grid_gap": "0 16px"})
     display(widgets.VBox([row, place]))
+
+
+def changed() -> list[str]:
+    """What is wrong with the widgets of this notebook: those that would now draw another picture than their twin.
+
+    A reader who moves a control sees what `draw` makes of the globals as they are then, so none that it reads may be
+    rebound below it. Pictures are compared byte by byte. One that differs from itself when it is drawn twice in a row
+    depends on chance or on the time, and nothing is said of it.
+    """
+    wrong = []
+    for draw, values, twin, read in _twins:
+        what = f"the widget of `{getattr(draw, '__name__', draw)}`"
+        try:
+            pictures = [_picture(draw, values)]
+            pictures += [_picture(draw, values)] if pictures[0] != twin else []
+        except Exception as error:
+            wrong.append(f"{what} can no longer be drawn at the end: {type(error).__name__}: {error}")
+            continue
+        if pictures[0] != twin and pictures[0] == pictures[1]:
+            now = _globals(draw)
+            names = ", ".join(sorted(name for name in read if now.get(name) != read[name]))
+            rebound = f"that were rebound or changed below it{names and f': {names}'}"
+            wrong.append(f"{what} draws another picture at the end than its twin: it reads globals {rebound}")
+    return wrong
+
+
+def _shown(figure: Figure) -> tuple[dict, dict]:
+    """A figure as the notebook shows it: {MIME type: data}, {MIME type: metadata}."""
+    return get_ipython().display_formatter.format(figure)
+
+
+def _picture(draw: Callable[..., Figure], values: dict) -> dict:
+    figure = draw(**values)
+    try:
+        return _shown(figure)[0]
+    finally:
+        plt.close(figure)
+
+
+def _globals(function: Callable, found: dict[str, int] | None = None) -> dict[str, int]:
+    """The globals that a function reads, and those that the functions among them read: {name: id of its value}."""
+    found, codes = {} if found is None else found, [getattr(function, "__code__", None)]
+    for code in filter(None, codes):
+        codes += [part for part in code.co_consts if isinstance(part, CodeType)]
+        for name in code.co_names:
+            if name in function.__globals__ and name not in found:
+                value = function.__globals__[name]
+                found[name] = id(value)
+                if isinstance(value, FunctionType) and value.__globals__ is function.__globals__:
+                    _globals(value, found)
+    return found

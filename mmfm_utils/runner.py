@@ -46,6 +46,7 @@ from PIL import Image
 
 from . import UsageError, findings
 from .findings import COLOURS, nearest, shown, write_atomic
+from .progress import Progress, last_seconds
 
 MAGICS = ("matplotlib", "config")  # the others hide failures, or reach outside the notebook
 SHELLS = ("system", "getoutput", "run_line_magic", "run_cell_magic", "run_cell")  # what IPython turns them into
@@ -60,6 +61,7 @@ LOG.propagate = False
 LOG.addHandler(logging.NullHandler())
 logging.getLogger("asyncio").addFilter(lambda record: "Task was destroyed" not in record.getMessage())  # by a timeout
 _stop, _kernels = threading.Event(), set()  # what an interrupt has to reach
+_running = {}  # {name: client}, of the notebooks that run here
 
 
 def say(line: str) -> None:
@@ -154,9 +156,17 @@ class Kernel(AsyncKernelManager):
 
 
 class Client(PapermillNotebookClient):
-    """papermill's client; while the kernel lives it watches its memory, and in the end it asks what was left open."""
+    """papermill's client; while the kernel lives it watches its memory, and in the end it asks what was left open.
+
+    Before an exercise the kernel tries what must fail there: `trials` maps grade_ids to what `trials.check` takes.
+    """
 
     peak_mb, at, exit_code, stopped, group, children = 0.0, 0, None, "", None, frozenset()
+    trials, complaints, numbers, cell = {}, (), {}, 0
+
+    @property
+    def cells(self) -> int:
+        return len(self.numbers)
 
     def too_much(self, memory_mb: float, processes: int) -> str:
         """What the notebook takes beyond its due, for which it is stopped; nothing here, for those who limit it."""
@@ -173,8 +183,19 @@ class Client(PapermillNotebookClient):
                     os.killpg(self.group, signal.SIGKILL)
 
     def execute_cell(self, cell, index, **more):
-        self.at = index
+        self.at, self.cell = index, self.numbers.get(id(cell), self.cell)
+        if trial := self.trials and self.trials.get(cell.metadata.get("nbgrader", {}).get("grade_id")):
+            self.complaints += self._try_out(cell, trial)
         return super().execute_cell(cell, index, **more)
+
+    def _try_out(self, cell, trial: dict) -> tuple[str, ...]:
+        """What is wrong with an exercise; the kernel is as it was before, and has counted no cell."""
+        call = f"__import__('mmfm_utils.trials').trials.check(get_ipython().user_ns, **{trial!r})"
+        asked = self.kc.execute("", silent=True, user_expressions={"found": call})
+        found = self.wait_for_reply(asked, cell)["content"]["user_expressions"]["found"]
+        if found["status"] != "ok":
+            return (f"{trial['grade_id']}: could not be tried: {found['ename']}: {first_line(found['evalue'])}",)
+        return tuple(ast.literal_eval(found["data"]["text/plain"]))
 
     def papermill_execute_cells(self):
         kernel, done = psutil.Process(self.km.provisioner.pid), threading.Event()
@@ -188,7 +209,7 @@ class Client(PapermillNotebookClient):
             super().papermill_execute_cells()
             if not errors(self.nb):
                 close = "__import__('mmfm_utils.findings').findings.close()"
-                self.wait_for_reply(self.kc.execute(close, silent=True))
+                self.wait_for_reply(self.kc.execute(close, silent=True), *self.nb.cells[-1:])
         except DeadKernelError:
             self.exit_code = self.km.provisioner.process.poll()
             raise
@@ -267,15 +288,16 @@ def first_line(text="") -> str:
 def blank(task: dict, *problems: str) -> dict:
     """A result in which nothing has happened yet."""
     same = {key: task[key] for key in ("name", "profile", "parameters", "key")}
-    empty = {"rows": [], "metrics": [], "seconds": 0.0, "peak_mb": 0.0, "device": "", "versions": {}, "executed": ""}
-    return same | empty | {"problems": list(problems)}
+    empty = {"rows": [], "metrics": [], "loaded": [], "seconds": 0.0, "peak_mb": 0.0, "device": "", "versions": {}}
+    return same | empty | {"executed": "", "problems": list(problems)}
 
 
 def execute(task: dict) -> dict:
     """Execute one notebook and say what went wrong. A function of plain data, so that any executor can run it.
 
-    The task holds name, notebook (its JSON text), problems (of its source), folder, parameters, profile, key, jobs and
-    cell_timeout; the result holds what `blank` lists, with the executed notebook as JSON text, "" if nothing ran.
+    The task holds name, notebook (its JSON text), problems (of its source), trials (of its exercises), folder,
+    parameters, profile, key, jobs and cell_timeout; the result holds what `blank` lists, with the executed notebook as
+    JSON text, "" if nothing ran.
     """
     begun, nb = time.perf_counter(), nbformat.reads(task["notebook"], as_version=4)
     result = blank(task, *task["problems"]) | {"versions": versions()}
@@ -304,6 +326,9 @@ def _execute(nb, task: dict, folder: str) -> dict:
         force_raise_errors=True,  # also where a cell is tagged `raises-exception`
         store_widget_state=False,
     )
+    client.trials, client.begun = task["trials"], time.monotonic()
+    client.numbers = {id(cell): n for n, cell in enumerate(code_cells(nb), 1)}
+    _running[task["name"]] = client
     stopped, log = "", Path(folder) / "kernel.log"
     env = os.environ | environment(folder, task["profile"], task["jobs"])
     try:
@@ -318,11 +343,13 @@ def _execute(nb, task: dict, folder: str) -> dict:
     except Exception as error:  # the kernel did not start, or papermill itself failed
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
         stopped = f"{type(error).__name__}: {first_line(error)} {first_line(*last)}".strip()
+    finally:
+        del _running[task["name"]]
     records = Path(folder) / "records.json"
     records = json.loads(records.read_text()) if records.exists() else {}
-    problems = _check_run(nb, client.at, stopped, records, task)
+    problems = [*client.complaints, *_check_run(nb, client.at, stopped, records, task)]
     nb.metadata.papermill = {"parameters": task["parameters"]}
-    kept = {key: records[key] for key in ("rows", "metrics", "device") if key in records}
+    kept = {key: records[key] for key in ("rows", "metrics", "loaded", "device") if key in records}
     return kept | {"problems": problems, "peak_mb": round(client.peak_mb, 1), "executed": nbformat.writes(nb)}
 
 
@@ -349,6 +376,7 @@ def _check_run(nb, at: int, stopped: str, records: dict, task: dict) -> list[str
         if cell.execution_count != place:
             return [f"cell {number.get(id(cell), 'of the parameters')} did not run in its turn"]
     problems = [f"a hook is still open at the end: {hook}" for hook in records.get("open_hooks", [])]
+    problems += records.get("widgets", [])
     problems += [] if records.get("closed") else ["the check after the last cell did not run: was the kernel left?"]
     for key, want in (("notebook", task["name"]), ("profile", task["profile"])):
         if records.get(key, want) != want:
@@ -387,11 +415,17 @@ def source_hash(nb) -> str:
     return _hash([[cell.cell_type, tags(cell), MEASURED.sub(r"\1\2", cell.source)] for cell in nb.cells])
 
 
-def weights_hash(nb) -> str:
-    """Of the embedded weights of the families in the notebook's metadata (`mmfm: {families: [...]}`), or of all.
+def weights_of(folders) -> dict[str, str]:
+    """{folder: hash of its weights} of embedded models."""
+    models = findings.root() / "data" / "models"
+    return {folder: _hash(_tree(models / folder, "*.safetensors")) for folder in folders}
 
-    A notebook lists every family whose files it reads, also where one model is built from two of them. A family's
-    further models lie in folders beside its own: language, language_half.
+
+def weights_hash(nb) -> str:
+    """As in stamps that do not say which models were loaded: of all the embedded weights of the notebook's families.
+
+    The families are those of its metadata (`mmfm: {families: [...]}`), or all. A family's further models lie in folders
+    beside its own: language, language_half.
     """
     models = findings.root() / "data" / "models"
     families = nb.metadata.get("mmfm", {}).get("families", []) or [""]
@@ -399,22 +433,25 @@ def weights_hash(nb) -> str:
     return _hash([[folder, _tree(models / folder, "*.safetensors")] for folder in folders])
 
 
-def stamp(nb, profile: str = "tiny") -> dict:
-    """What the outputs of a committed notebook were made from."""
-    return {"source": source_hash(nb), "weights": weights_hash(nb), "profile": profile, "packages": versions()}
+def stamp(nb, loaded=(), profile: str = "tiny") -> dict:
+    """What the outputs of a committed notebook were made from; loaded: the folders of the models that it opened."""
+    return {"source": source_hash(nb), "weights": weights_of(loaded), "profile": profile, "packages": versions()}
 
 
 def stale(nb) -> str:
     """Why the outputs of a committed notebook are out of date, or nothing."""
-    old, new = nb.metadata.get("mmfm", {}).get("stamp", {}), stamp(nb)
+    old = nb.metadata.get("mmfm", {}).get("stamp", {})
+    weights = old.get("weights", {})
+    new = stamp(nb, weights if isinstance(weights, dict) else ())
+    new |= {"weights": weights_hash(nb)} if isinstance(weights, str) else {}
     changed = [name for name in ("source", "weights", "profile") if old.get(name) != new[name]]
     what = f"its {' and '.join(changed)} changed since it ran" if old else "it carries no stamp"
     return f"{what}: make its outputs anew with `mmfm run NAME --write`" if changed else ""
 
 
-def result_key(nb, parameters: dict) -> str:
+def result_key(nb, parameters: dict, trials: dict) -> str:
     package, data = _tree(Path(__file__).parent, "*.py"), _tree(findings.root() / "data", "*", skip="expected")
-    return _hash(source_hash(nb), package, data, parameters, versions())
+    return _hash(source_hash(nb), package, data, parameters, versions(), trials)
 
 
 # ------------------------------------------------------------------------------------------------------- the request
@@ -456,9 +493,13 @@ def parse_parameter(text: str, known: dict) -> tuple:
     return name, value
 
 
-def make_task(path: Path, given, profile: str, device: str, jobs: int, cell_timeout: int) -> dict:
-    """All that a worker must know, as plain data."""
+def make_task(path: Path, given, profile: str, device: str, jobs: int, cell_timeout: int, exercises=None) -> dict:
+    """All that a worker must know, as plain data.
+
+    `exercises(nb, name)` says what is wrong with the exercises as far as the source shows it, and what to try at each.
+    """
     nb, parameters = read(path), {"profile": profile, "device": device}
+    wrong, trials = exercises(nb, path.stem) if exercises else ([], {})
     try:
         known = defaults(nb)
     except (UsageError, SyntaxError):
@@ -475,9 +516,11 @@ def make_task(path: Path, given, profile: str, device: str, jobs: int, cell_time
         "profiles": list(nb.metadata.get("mmfm", {}).get("profiles", findings.PROFILES)),
         "profile": profile,
         "parameters": parameters,
-        "problems": check_source(nb, parameters),  # here, because threads of Python 3.11 cannot parse at the same time
+        # here, because threads of Python 3.11 cannot parse at the same time
+        "problems": [*wrong, *check_source(nb, parameters)],
+        "trials": trials,
         "compared": not given,  # with other parameters the committed values say nothing
-        "key": result_key(nb, parameters),
+        "key": result_key(nb, parameters, trials),
         "jobs": jobs,
         "cell_timeout": cell_timeout,
     }
@@ -549,8 +592,12 @@ def run(
     results=None,
     cell_timeout: int = 600,
     write: bool = False,
+    exercises=None,
 ) -> int:
-    """Run notebooks and say what came of it: 0 if all ran and agreed, 1 if not, 130 after an interrupt."""
+    """Run notebooks and say what came of it: 0 if all ran and agreed, 1 if not, 130 after an interrupt.
+
+    With `exercises.of` their exercises are tried too, each in the kernel of its notebook.
+    """
     begun = time.perf_counter()
     if jobs < 1 or cell_timeout < 1:
         raise UsageError(f"--jobs {jobs} --cell-timeout {cell_timeout}: both must be above 0")
@@ -559,7 +606,7 @@ def run(
     if device == "cuda" and executor == "local" and not cuda_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
     findings.expected(profile)  # and the registry: an error in either belongs here, not after the first notebook
-    tasks = [make_task(path, parameters, profile, device, jobs, cell_timeout) for path in select(names)]
+    tasks = [make_task(path, parameters, profile, device, jobs, cell_timeout, exercises) for path in select(names)]
     unfit = [task for task in tasks if profile not in task["profiles"]]
     if unfit and names:
         raise UsageError(f"{unfit[0]['name']} runs under {', '.join(unfit[0]['profiles'])}, not under {profile}")
@@ -573,6 +620,7 @@ def run(
         say(f"{task['name']}: skipped, it does not run under {profile}")
     _stop.clear()
     counts, waiting = Counter(), {}
+    progress = Progress({task["name"]: last_seconds(task, folder) for task in tasks}, jobs)
     try:
         for task in tasks:
             if old := resume and kept(folder, task):
@@ -583,6 +631,7 @@ def run(
             for future in wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 task = waiting.pop(future)
                 counts[finish(folder, task, outcome(future, task), write)] += 1
+            progress.tell(dict(_running), {task["name"] for task in waiting.values()})
     except KeyboardInterrupt:
         for future in waiting:
             future.cancel()
@@ -730,7 +779,7 @@ def _committed(task: dict, result: dict, colours: int) -> str:
     source.metadata = {k: v for k, v in source.metadata.items() if k not in ("papermill", "widgets")} | {
         "kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"},
         "language_info": {"name": "python"},
-        "mmfm": source.metadata.get("mmfm", {}) | {"stamp": stamp(source, task["profile"])},
+        "mmfm": source.metadata.get("mmfm", {}) | {"stamp": stamp(source, result["loaded"], task["profile"])},
     }
     return nbformat.writes(source) + "\n"
 

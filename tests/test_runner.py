@@ -15,6 +15,7 @@ import time
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import nbformat
 import psutil
@@ -22,7 +23,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mmfm_utils import UsageError, findings, runner
+from mmfm_utils import UsageError, findings, progress, runner
 
 REPOSITORY = Path(__file__).parents[1]
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -273,6 +274,36 @@ def quick(monkeypatch):
     monkeypatch.setattr(runner, "execute", execute)
 
 
+def test_what_runs_is_said_meanwhile(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    client, lines = SimpleNamespace(cell=0, cells=40, begun=0.0), lambda: capsys.readouterr().err.splitlines()
+    told = progress.Progress({"01": 200.0, "02": 60.0, "03": 100.0}, jobs=2)
+    told.tell({"01": client}, {"01", "02", "03"})
+    assert lines() == ["  01: begins, 40 cells, 200 s the last time"]
+    now, client.cell = 20.0, 12
+    told.tell({"01": client}, {"01", "02", "03"})
+    assert lines() == []
+    now = 50.0
+    told.tell({"01": client}, {"01", "02", "03"})
+    assert lines() == ["  01 in cell 12 of 40 after 50 s, about 150 s left; 3 notebooks to go, about 3 min"]
+    now, told.last["02"] = 90.0, None
+    told.tell({}, {"02", "03"})
+    told.tell({}, set())
+    assert lines() == ["  2 notebooks to go"]
+
+
+def test_a_run_says_where_it_is(world, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.1)
+    world.add("01_first", "import time\ntime.sleep(2)", MEASURE)
+    assert world.run()[0] == 0
+    told = capsys.readouterr().err
+    assert "01_first: begins, 5 cells\n" in told
+    assert re.search(r"01_first in cell 4 of 5 after \d+ s; 1 notebooks to go\n", told)
+    assert world.run()[0] == 0
+    assert re.search(r"01_first: begins, 5 cells, \d+ s the last time\n", capsys.readouterr().err)
+
+
 def test_fake_executor_and_partial_run(world):
     """Any executor runs the tasks, which are plain data; a partial run updates its rows and keeps the others."""
 
@@ -321,6 +352,25 @@ def test_a_familys_further_models_belong_to_its_weights(world):
     assert before[0] != after[0] and before[1] == after[1]
 
 
+def test_the_stamp_covers_the_models_that_were_loaded_and_no_other(world):
+    folder = world.folder / "data/models"
+    for name in ("language", "language_half"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_text(name)
+    models = "import sys, types\nsys.modules['mmfm_utils.models'] = types.SimpleNamespace(LOADED={'language'})"
+    world.add("01_first", models, MEASURE)
+    assert world.run(write=True) == (0, ANY)
+    nb, old = (runner.read(world.path("01_first")) for _ in range(2))
+    old.metadata["mmfm"]["families"] = ["language"]
+    old.metadata["mmfm"]["stamp"]["weights"] = runner.weights_hash(old)  # as it was written once
+    assert list(nb.metadata["mmfm"]["stamp"]["weights"]) == ["language"]
+    assert runner.stale(nb) == runner.stale(old) == ""
+    (folder / "language_half/model.safetensors").write_text("trained for longer")
+    assert runner.stale(nb) == "" and "its weights changed" in runner.stale(old)
+    (folder / "language/model.safetensors").write_text("trained for longer")
+    assert "its weights changed" in runner.stale(nb)
+
+
 def test_write(world, monkeypatch):
     """The reference run lands in the notebook and in data/expected; any change of the source outdates it."""
     view = "from IPython.display import display\ndisplay({'application/vnd.jupyter.widget-view+json': {}}, raw=True)"
@@ -339,9 +389,6 @@ def test_write(world, monkeypatch):
     changed = nbformat.from_dict(json.loads(json.dumps(nb)))
     changed.cells[1].source += "  # changed"
     assert "its source changed" in runner.stale(changed)
-    (world.folder / "data/models/contrastive").mkdir(parents=True)
-    (world.folder / "data/models/contrastive/model.safetensors").write_text("weights")
-    assert "its weights changed" in runner.stale(nb)
     monkeypatch.setattr(runner, "LIMIT_KB", 1)
     before = world.path("01_first").read_text()
     code, lines = world.run(write=True)

@@ -1,4 +1,8 @@
-"""The whole as its users meet it: every notebook runs and agrees with what is committed; README says what is so."""
+"""The whole as its users meet it: every notebook runs once, and README says what is so.
+
+In that run its exercises are tried, its values are compared with the committed ones, and its widgets are drawn again at
+the end. `-k` with the name of a notebook runs that one alone.
+"""
 
 import json
 import re
@@ -7,20 +11,39 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mmfm_utils import UsageError, models, runner
+from mmfm_utils import UsageError, exercises, findings, models, runner
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_notebooks_run_headless_and_agree_with_the_committed_results(tmp_path, capsys):
-    code = runner.run(jobs=runner.usual_jobs("tiny", write=False), results=tmp_path)
-    assert code == 0, capsys.readouterr().out
-    ledger = json.loads((tmp_path / "tiny" / "ledger.json").read_text())
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory):
+    """{name: result} of the notebooks whose tests are to run; where they are is said on the terminal meanwhile."""
+    names = [item.callspec.params["path"].stem for item in request.session.items
+             if "results" in getattr(item, "fixturenames", ()) and "path" in item.callspec.params]  # fmt: skip
+    folder = tmp_path_factory.mktemp("results")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print()
+        jobs = runner.usual_jobs("tiny", write=False)
+        if runner.run(names, jobs=jobs, results=folder, exercises=exercises.of) == 130:
+            pytest.exit("interrupted", 130)
+    return {result["name"]: result for result in runner.stored(folder / "tiny")}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook(results, path):
+    """At each exercise the stub and the wrong answers fail as they should; all else runs, and the values agree."""
+    result, known = results[path.stem], findings.registry()
+    assert result["status"] == "ok", "\n".join(result["problems"]) or result["reason"]
     committed = json.loads((ROOT / "data" / "expected" / "tiny.json").read_text())
-    assert {row["id"] for row in ledger} == set(committed)
-    assert {row["notebook"] for row in ledger} == {path.stem for path in NOTEBOOKS}
+    assert {row["id"] for row in result["rows"]} == {id for id in committed if known[id].notebook == path.stem}
+
+
+def test_every_committed_value_belongs_to_a_notebook_that_is_here():
+    known, committed = findings.registry(), json.loads((ROOT / "data" / "expected" / "tiny.json").read_text())
+    assert {known[id].notebook for id in committed} == {path.stem for path in NOTEBOOKS}
 
 
 def test_readme_names_every_notebook_that_is_here_and_no_other():

@@ -1,9 +1,9 @@
-"""The widgets as readers meet them, in headless Chromium: in JupyterLab, and on a page without a kernel.
+"""The widgets as readers meet them: their twins at the end of a run; a toy in JupyterLab, in headless Chromium; and the
+notebooks on a page without a kernel. And the report of a run, on a phone.
 
-And the report of a run, on a phone. Where Playwright or Chromium is missing these tests are skipped.
+Where Playwright or Chromium is missing the tests that need them are skipped.
 """
 
-import ast
 import base64
 import contextlib
 import json
@@ -12,7 +12,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import symtable
 import sys
 import time
 import urllib.request
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from IPython.core.inputtransformer2 import TransformerManager
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -35,76 +33,61 @@ STDERR = '[data-mime-type="application/vnd.jupyter.stderr"]'
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-# ------------------------------------------------------------------------- a notebook, reduced to what its widget needs
 def widget_cell(nb):
     """The one code cell that makes a widget."""
     (cell,) = [cell for cell in runner.code_cells(nb) if "plots.explore(" in cell.source]
     return cell
 
 
-def names(statement):
-    """What a top-level statement reads, what functions in it will read when called, what it binds, what it changes."""
-    top = symtable.symtable(ast.unparse(statement), "cell", "exec")
-    reads, later, changes, tables = set(), set(), set(), [(top, False)]
-    for table, inner in tables:
-        found = {s.get_name() for s in table.get_symbols() if s.is_referenced() and (table is top or s.is_global())}
-        reads |= found
-        later |= found if inner else set()
-        comprehension = ("listcomp", "setcomp", "dictcomp", "genexpr")  # the only inner scopes that run at once
-        tables += [(child, inner or child.get_name() not in comprehension) for child in table.get_children()]
-    for node in ast.walk(statement):
-        match node:
-            case (
-                ast.Expr(value=ast.Call(func=ast.Attribute() as at))  # `seen.append(x)`
-                | (ast.Attribute(ctx=ast.Store()) as at)
-                | (ast.Subscript(ctx=ast.Store()) as at)
-            ):
-                while isinstance(at, ast.Attribute | ast.Subscript):
-                    at = at.value
-                changes |= {at.id} if isinstance(at, ast.Name) else set()
-    binds = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
-    return reads, later, binds, changes
+# ------------------------------------------------------------------------------------------------------- twins, redrawn
+TOY = """import random
+import ipywidgets
+import matplotlib.pyplot as plt
+from mmfm_utils import plots
+
+height, other, heights, gone = 2, 2, [2], 2
 
 
-def reduced(nb):
-    """A notebook with only those statements on which the cell of its widget depends, and with fewer examples.
-
-    From the widget upwards: a statement is kept if it binds or changes a name that is needed below, and then what it
-    reads is needed above. Parameters and imports, and what stands in a cell with them, are kept as they are.
-    """
-    bodies, end = [], widget_cell(nb)
-    for cell in runner.code_cells(nb)[: runner.code_cells(nb).index(end) + 1]:
-        body = ast.parse(TransformerManager().transform_cell(cell.source)).body
-        whole = cell is end or "parameters" in runner.tags(cell) or any(isinstance(s, IMPORT) for s in body)
-        bodies.append([(statement, whole, *names(statement)) for statement in body])
-    imported, when_called, needed, kept = set(), {}, set(), []
-    for statement, _, _, later, binds, _ in sum(bodies, []):
-        imported |= binds if isinstance(statement, IMPORT) else set()
-        for name in binds:
-            when_called[name] = when_called.get(name, set()) | later
-    for body in reversed(bodies):
-        lines = []
-        for statement, whole, reads, _, binds, changes in reversed(body):
-            if whole or needed & (binds | changes - imported):
-                needed -= set() if isinstance(statement, ast.If) else binds
-                reach = list(reads)
-                for name in reach:
-                    reach += when_called.get(name, set()).difference(reach)
-                needed |= set(reach)
-                lines.insert(0, ast.unparse(fewer(statement)))
-        kept[:0] = [new_code_cell("\n".join(lines))] if lines else []
-    return new_notebook(cells=kept, metadata=nb.metadata)
+def draw(power, colour="red", height=1):
+    figure, ax = plt.subplots(figsize=(3, 2))
+    ax.plot([height * x**power for x in range(9)], color=colour)
+    return figure
 
 
-IMPORT = (ast.Import, ast.ImportFrom)
+def scaled(power):
+    return draw(power, "green", height)
 
 
-def fewer(statement):
-    """A parameter `n = 480` as `n = 120`: the widget is tried, not the finding. Anything else as it is."""
-    match statement:
-        case ast.Assign(value=ast.Constant(value=int(n)) as constant) if n >= 100:
-            constant.value = n // 4
-    return statement
+control = ipywidgets.IntSlider(2, 1, 9)
+"""
+WIDGETS = """plots.explore(draw, power=control, colour=ipywidgets.Dropdown(options=["red", "blue"]))
+plots.explore(scaled, power=control)
+plots.explore(lambda power: draw(power, height=other), power=control)
+plots.explore(lambda power: draw(power, height=heights[0]), power=control)
+plots.explore(lambda power: draw(power + random.random()), power=control)
+plots.explore(lambda power: draw(power, height=gone), power=control)"""
+
+
+def toy(*cells):
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return new_notebook(cells=[new_code_cell(source) for source in (TOY, *cells)], metadata=kernel)
+
+
+def test_a_widget_whose_globals_are_rebound_below_it_fails_the_run(tmp_path):
+    """And one that reads nothing that changes, or is drawn by chance, does not."""
+    nb = toy(WIDGETS, "other = 2\nheight = 3\nheights.append(heights.pop() + 1)\ndel gone")
+    nb.cells.insert(0, new_code_cell('profile = "tiny"\ndevice = "auto"', metadata={"tags": ["parameters"]}))
+    nb.cells[1].source += "print(profile, device)"
+    nbformat.write(nb, tmp_path / "toy.ipynb")
+    result = runner.execute(runner.make_task(tmp_path / "toy.ipynb", (), "tiny", "auto", 1, 600))
+    end = "draws another picture at the end than its twin: it reads globals that were rebound or changed below it"
+    assert result["problems"] == [
+        f"the widget of `scaled` {end}: height",
+        f"the widget of `<lambda>` {end}",
+        "the widget of `<lambda>` can no longer be drawn at the end: NameError: name 'gone' is not defined",
+    ]
+    shown = [output for output in nbformat.reads(result["executed"], 4).cells[3].outputs if "image/png" in output.data]
+    assert len(shown) == 6 and shown[0].data["text/plain"] == "<Figure size 300x200 with 1 Axes>"
 
 
 # --------------------------------------------------------------------------------------------- Chromium and JupyterLab
@@ -276,25 +259,10 @@ def use(cell, patience=30):
     assert not [words for words in BROKEN if words in cell.inner_text()]
 
 
-@each_notebook
-def test_every_control_of_a_notebook_redraws_its_picture_in_jupyterlab(lab, path):
-    with lab.running(reduced(runner.read(path)), path.stem) as cell:
+def test_every_control_redraws_its_picture_in_jupyterlab(lab):
+    line = 'plots.explore(draw, power=control, colour=ipywidgets.Dropdown(options=["red", "blue"]))'
+    with lab.running(toy(line), "toy") as cell:
         use(cell)
-
-
-TOY = """import matplotlib.pyplot as plt
-import ipywidgets
-from mmfm_utils import plots
-
-
-def draw(power, colour="red"):
-    figure, ax = plt.subplots(figsize=(3, 2))
-    ax.plot([x**power for x in range(9)], color=colour)
-    return figure
-
-
-control = ipywidgets.IntSlider(2, 1, 9)
-"""
 
 
 @pytest.mark.parametrize(
@@ -309,11 +277,6 @@ control = ipywidgets.IntSlider(2, 1, 9)
 def test_a_broken_widget_would_be_noticed(lab, line, wrong):
     with lab.running(toy(line), "toy") as cell, pytest.raises((AssertionError, pytest.fail.Exception), match=wrong):
         use(cell, patience=2)
-
-
-def toy(line):
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    return new_notebook(cells=[new_code_cell(TOY), new_code_cell(line)], metadata=kernel)
 
 
 def test_a_slider_follows_the_arrow_keys(lab):

@@ -1,0 +1,54 @@
+"""Which notebooks are under way: a line on stderr when one begins, and two a minute that say how far they are."""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+EVERY = 30  # seconds between two lines
+
+
+def last_seconds(task: dict, folder: Path) -> float | None:
+    """What a notebook took when it last ran well into this folder with these parameters, or else in the committed run.
+
+    None where neither is known.
+    """
+    try:
+        last = json.loads((folder / f"{task['name']}.json").read_text())
+        if last["status"] == "ok" and last["parameters"] == task["parameters"]:
+            return last["seconds"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    measured = re.search(r"<!--measured-->(\d+) s", task["notebook"])
+    return float(measured[1]) if measured and task["compared"] else None
+
+
+class Progress:
+    """Says of {name: seconds it took last} what runs; `jobs` of them at once."""
+
+    def __init__(self, last: dict[str, float | None], jobs: int):
+        self.last, self.jobs, self.begun, self.said = last, jobs, set(), time.monotonic()
+
+    def tell(self, running: dict, left: set[str]) -> None:
+        """running: {name: client with `cell`, `cells` and `begun` (of time.monotonic)}; left: names, not yet done."""
+        now, lines = time.monotonic(), []
+        for name, client in sorted(running.items()):
+            if name not in self.begun and name in left:
+                self.begun.add(name)
+                usual = f", {self.last[name]:.0f} s the last time" if self.last[name] else ""
+                lines.append(f"{name}: begins, {client.cells} cells{usual}")
+        if now - self.said >= EVERY and left:
+            self.said, rest, parts = now, {name: self.last[name] for name in left}, []
+            for name, client in sorted(running.items()):
+                if name in left:
+                    spent = now - client.begun
+                    rest[name] = max(0, rest[name] - spent) if rest[name] else None
+                    about = f", about {rest[name]:.0f} s left" if rest[name] else ""
+                    parts.append(f"{name} in cell {client.cell} of {client.cells} after {spent:.0f} s{about}")
+            times = [0, *rest.values()]
+            whole = 0 if None in times else max(*times, sum(times) / self.jobs)
+            about = f", about {max(1, whole / 60):.0f} min" if whole else ""
+            lines.append("; ".join([*parts, f"{len(left)} notebooks to go{about}"]))
+        for line in lines:
+            print(f"  {line}", file=sys.stderr, flush=True)
