@@ -47,7 +47,7 @@ def test_diffusers_loads_the_folder_by_itself(sd):
 
 
 def test_the_text_tower_is_the_contrastive_models_own(sd):
-    clip = models.load("contrastive", device="cpu")
+    clip = models.load("contrastive", device="cpu", name="first")
     prompts = ["a noto drawing of a red car on sand", "an owl"]
     assert torch.equal(sd.tokens(prompts), clip.tokens(prompts))
     with record(clip.anatomy, "text.final") as seen:
@@ -56,7 +56,7 @@ def test_the_text_tower_is_the_contrastive_models_own(sd):
 
 
 def test_the_text_weights_are_all_of_the_towers_weights(recipe):
-    clip = load_file(models.FOLDER / "contrastive" / "open_clip_model.safetensors")
+    clip = load_file(models.FOLDER / "contrastive_first" / "open_clip_model.safetensors")
     text, _ = recipe.build_text()
     assert recipe.text_weights(clip).keys() == text.state_dict().keys()
 

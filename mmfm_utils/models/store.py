@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FAMILIES = ("contrastive", "language", "generative", "diffusion")
 # The folders of each family's embedded models, by the name that picks them; "" is the one loaded without a name.
 EMBEDDED = {
-    "contrastive": {"": "contrastive"},
+    "contrastive": {"": "contrastive", "web": "contrastive_web", "first": "contrastive_first"},
     "language": {"": "language", "half": "language_half"},
     "generative": {"": "generative"},
     "diffusion": {"": "diffusion"},

@@ -33,7 +33,7 @@ from mmfm_utils import models, oracle, scenes, training
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "vae" / "diffusion_pytorch_model.safetensors"
-CONTRASTIVE = HERE.parent / "contrastive"
+CONTRASTIVE = HERE.parent / "contrastive_first"
 CHECKPOINTS = HERE.parents[2] / "checkpoints" / "diffusion"
 AUTOENCODER, UNET, LATENTS, GRID = (
     CHECKPOINTS / name for name in ("autoencoder.safetensors", "unet.safetensors", "latents.safetensors", "grid.png")

@@ -40,7 +40,7 @@ from transformers import (
 from mmfm_utils import scenes, texts, training
 
 HERE = Path(__file__).parent
-LANGUAGE, CONTRASTIVE = HERE.parent / "language", HERE.parent / "contrastive"
+LANGUAGE, CONTRASTIVE = HERE.parent / "language", HERE.parent / "contrastive_first"
 CHECKPOINT = HERE.parents[2] / "checkpoints" / "generative" / "last.safetensors"
 SHIPPED = (
     "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",

@@ -146,9 +146,11 @@ def train(name: str, device: str, steps: int, helpers: int) -> None:
         weights = weights[:, 1:].flatten()
         return (losses * weights).sum() / weights.sum()
 
+    second = MODELS[name].phases is SECOND_PHASES
+
     def after(step: int) -> None:
         if step % 500 == 0 or step == steps:
-            print(f"\nstep {step}", json.dumps(evaluate(model.eval(), tokenizer, n=100)), flush=True)
+            print(f"\nstep {step}", json.dumps(evaluate(model.eval(), tokenizer, 100, second=second)), flush=True)
             model.train()
 
     model.train()
@@ -158,15 +160,15 @@ def train(name: str, device: str, steps: int, helpers: int) -> None:
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, n: int = 1000, seed: int = 1) -> dict[str, float]:
+def evaluate(model, tokenizer, n: int = 1000, seed: int = 1, second: bool = False) -> dict[str, float]:
     """Held-out accuracies, greedy and exact.
 
     facts: every fact in the phrasing that training left out. qa: questions about n described scenes whose combinations
     of object, colour and ground are new; also the worst kind of question. icl_TASK: episodes with 5 examples; with
-    none (icl_zero), the x alone does not tell which task is meant. What only the second generation read: full_names
-    (facts about characters of two names, in the phrasing left out), hop_KIND (questions of several hops and facts about
-    what a description does not name), icl_named (no examples, but the task is named), grid (where an object is on a map
-    of words).
+    none (icl_zero), the x alone does not tell which task is meant. With `second`, what only the second generation read:
+    full_names (facts about characters of two names, in the phrasing left out), hop_KIND (questions of several hops and
+    facts about what a description does not name), icl_named (no examples, but the task is named), grid (where an object
+    is on a map of words).
     """
     rng, device = np.random.default_rng(seed), next(model.parameters()).device
 
@@ -195,6 +197,14 @@ def evaluate(model, tokenizer, n: int = 1000, seed: int = 1) -> dict[str, float]
             else:
                 zero += hits
     out["icl_zero"] = zero
+    if second:
+        out |= further(exact, rng, n, seed)
+    return {name: round(float(np.mean(hits)), 4) for name, hits in out.items()}
+
+
+def further(exact, rng: np.random.Generator, n: int, seed: int) -> dict[str, list[bool]]:
+    """What only the second generation read; see `evaluate`."""
+    out = {}
     full = [fact for fact in texts.facts(full_names=True) if fact.held_out]
     out["full_names"] = exact([f.prompt for f in full], [f.answer for f in full])
     hops = []
@@ -213,7 +223,7 @@ def evaluate(model, tokenizer, n: int = 1000, seed: int = 1) -> dict[str, float]
     maps = [texts.document(rng, {"grid": 1.0}).split(" answer : ") for _ in range(n)]
     maps = [parts for parts in maps if len(parts) == 2]
     out["grid"] = exact([f"{parts[0]} answer :" for parts in maps], [parts[1] for parts in maps])
-    return {name: round(float(np.mean(hits)), 4) for name, hits in out.items()}
+    return out
 
 
 def chance() -> dict[str, float]:
@@ -254,7 +264,7 @@ def export(name: str) -> None:
         "seed": MODELS[name].seed,
         "machine": machine,
         "minutes": round(seconds / 60),
-        "held_out": evaluate(shipped, tokenizer),
+        "held_out": evaluate(shipped, tokenizer, second=MODELS[name].phases is SECOND_PHASES),
         "chance": chance(),
         "floor": FLOOR[name],
         "tolerance": 0.02,
