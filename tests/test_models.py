@@ -94,7 +94,7 @@ def test_the_card_tells_the_truth(name, recipe):
         assert abs(value - said) <= card["tolerance"] + 3 * error, figure
 
 
-SHIPPED = [folder for names in models.EMBEDDED.values() for folder in names.values()]
+SHIPPED = list(dict.fromkeys(folder for names in models.EMBEDDED.values() for folder in names.values()))
 SHIPPED += [folder for beside in models.BESIDE.values() for folder in beside]
 
 
@@ -236,7 +236,7 @@ def test_released_architectures_go_through_the_same_code(name):
         (dict(family="contrastive", profile="rehearsal", name="ViT-Z"), "ViT-B-32"),
         (dict(family="contrastive", profile="tiny", name="ViT-B-32"), "leave the name out"),
         (dict(family="contrastive", profile="hub", device="cpu"), "hf download laion/"),
-        (dict(family="language", name="third"), "leave the name out or say 'half'"),
+        (dict(family="language", name="third"), "leave the name out or say 'half', 'first'"),
         (dict(family="language", profile="rehearsal", name="half"), "Qwen1.5-0.5B-Chat"),
         (dict(family="generative", profile="hub", device="cpu"), "1728 MB.* hf download llava-hf/llava-interleave"),
         (

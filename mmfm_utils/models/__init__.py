@@ -81,7 +81,8 @@ def load(
 
     `weights="random"` gives the twin of the same architecture as its initialisation left it, drawn from `seed`: the
     control. `name` picks one of the family's embedded models (`EMBEDDED`) under `tiny`, and one of the released
-    architectures (`RELEASED`) under `rehearsal` and `hub`; without it the first is taken. Precision is float32, but
+    architectures (`RELEASED`) under `rehearsal` and `hub`; without it the first is taken. "first", the first generation
+    of embedded models, is known to every profile, and under the other two means what leaving it out means. Precision is float32, but
     bfloat16 for released language and generative models on a GPU and for those above 10 GB.
     Raises UsageError for anything unknown, for a missing or damaged weight file, and for an empty hub cache.
     """
@@ -92,6 +93,7 @@ def load(
     ):
         if value not in choices:
             raise UsageError(f"Unknown {what} {value!r}. Choose one of: {', '.join(choices)}.")
+    name = None if name == "first" and profile != "tiny" else name
     known = EMBEDDED[family] if profile == "tiny" else RELEASED[family]
     if name is not None and (not name or name not in known):
         others = ", ".join(repr(each) for each in EMBEDDED[family] if each)

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 FAMILIES = ("contrastive", "language", "generative", "diffusion")
-# The folders of each family's embedded models, by the name that picks them; "" is the one loaded without a name.
+# The folders of each family's embedded models, by the name that picks them; "" is the one loaded without a name, and
+# "first" the first generation, which is still the only one of three families.
 EMBEDDED = {
     "contrastive": {"": "contrastive", "web": "contrastive_web", "first": "contrastive_first"},
-    "language": {"": "language", "half": "language_half"},
-    "generative": {"": "generative"},
-    "diffusion": {"": "diffusion"},
+    "language": {"": "language", "half": "language_half", "first": "language"},
+    "generative": {"": "generative", "first": "generative"},
+    "diffusion": {"": "diffusion", "first": "diffusion"},
 }
 # What the notebooks of a family read besides: the oracle that judges what is painted.
 BESIDE = {"diffusion": ("diffusion_oracle",)}
@@ -167,7 +168,7 @@ def inventory() -> list[dict]:
     from config, cached or not cached."""
     rows = []
     for family in FAMILIES:
-        for name in (*EMBEDDED[family].values(), *BESIDE.get(family, ())):
+        for name in dict.fromkeys((*EMBEDDED[family].values(), *BESIDE.get(family, ()))):
             try:
                 at, _, state = _fault(name)
             except UsageError:
