@@ -82,8 +82,8 @@ def load(
     `weights="random"` gives the twin of the same architecture as its initialisation left it, drawn from `seed`: the
     control. `name` picks one of the family's embedded models (`EMBEDDED`) under `tiny`, and one of the released
     architectures (`RELEASED`) under `rehearsal` and `hub`; without it the first is taken. "first", the first generation
-    of embedded models, is known to every profile, and under the other two means what leaving it out means. Precision is float32, but
-    bfloat16 for released language and generative models on a GPU and for those above 10 GB.
+    of embedded models, is known to every profile, and under the other two means what leaving it out means. Precision is
+    float32, but bfloat16 for released language and generative models on a GPU and for those above 10 GB.
     Raises UsageError for anything unknown, for a missing or damaged weight file, and for an empty hub cache.
     """
     for what, value, choices in (

@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 FIRST = HERE.parent / "contrastive_first"  # the first generation: the clean regime up to step GLYPHS_FROM
 NAMES = ("contrastive", "contrastive_web")
 SHIPPED = ("open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json", "tokenizer_config.json")
-STEPS = 3620
+STEPS = {"contrastive": 3420, "contrastive_web": 3620}
 WARM_UP = 84  # steps of rising learning rate
 
 
@@ -213,7 +213,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", choices=NAMES, default=NAMES[0], help="the clean model, or its twin of the web")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=STEPS, help="how many steps to train")
+    parser.add_argument("--steps", type=int, help=f"how many steps to train: {STEPS}")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw the scenes ahead, for a GPU")
     parser.add_argument("--from-shipped", action="store_true", help="begin with the first generation's weights")
     parser.add_argument("--export", action="store_true", help="write the checkpoint as the shipped weights")
@@ -226,4 +226,5 @@ if __name__ == "__main__":
     elif options.export:
         export(options.name)
     else:
-        train(options.name, options.device, options.steps, options.from_shipped, options.workers)
+        steps = options.steps or STEPS[options.name]
+        train(options.name, options.device, steps, options.from_shipped, options.workers)
