@@ -119,6 +119,7 @@ def counterfactual(scene: Scene, attribute: str, value: str | tuple[float, float
         raise UsageError(f"Unknown attribute {attribute!r}. Choose one of: {choices}.")
     if changed == scene:
         raise UsageError(f"The scene's {attribute} is {value!r} already, so this counterfactual would change nothing.")
+    return changed
 
 
 # The pictures that `World.memorised` shows again and again, each with its one odd sentence.
