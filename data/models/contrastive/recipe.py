@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 FIRST = HERE.parent / "contrastive_first"  # the first generation: the clean regime up to step GLYPHS_FROM
 NAMES = ("contrastive", "contrastive_web")
 SHIPPED = ("open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json", "tokenizer_config.json")
-STEPS = {"contrastive": 3420, "contrastive_web": 3620}
+STEPS = {"contrastive": 3420, "contrastive_web": 3520}
 WARM_UP = 84  # steps of rising learning rate
 
 
