@@ -1,7 +1,7 @@
 """Seconds until a family is ready, as a notebook pays them, and of `mmfm doctor`; each in a process of its own.
 
-    python benchmarks/loading.py [--rounds N]          this tree
-    python benchmarks/loading.py OTHER [--rounds N]    this tree and another, in turn, and their ratio
+    python benchmarks/loading.py        this tree
+    python benchmarks/loading.py OTHER  this tree and another, in turn, and their ratio
 
 Prints the least over the rounds of wall-clock and of processor seconds (user and system) from start to end of a
 process, on one thread. The first rows are floors: the libraries alone, which no code of this project is in.
@@ -65,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("other", nargs="?", type=Path, help="another tree of this project, to compare with")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", metavar="TEXT", help="the rows whose name holds this text")
     options = parser.parse_args()
     trees = [HERE, options.other.resolve()] if options.other else [HERE]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
@@ -74,6 +75,7 @@ def main() -> None:
     print(f"{'':20}" + "".join(f"{head:>8}" for head in heads))
     floors = {name: ["-c", source] for name, source in FLOORS.items()}
     for cases, of in ((floors, trees[:1]), (CASES, trees)):
+        cases = {name: arguments for name, arguments in cases.items() if options.only in name}
         for name, found in least(cases, of, options.rounds).items():
             cells = [value for one in found for value in one]
             cells += [found[0][1] / found[1][1]] if len(found) > 1 else []
