@@ -28,7 +28,7 @@ PLANTED = dict(
     ground_correlation=0.95, grounded=scenes.GROUNDED, co_occurrence=0.8, accompanied=scenes.ACCOMPANIED,
     objects=scenes.ZIPF, hypernyms=0.05,
 )  # fmt: skip
-# What is written on things: mostly their name. Where it was that in 40 % and else a colour, glyphs or anything, captions
+# What is written on things: mostly their name. Where that was 40 %, and the rest a colour, glyphs or anything, captions
 # seldom said what was written, and the answer became a conflicting word in 0.30 of the pictures and no more.
 LABELS = {"matching": 5.0, "conflicting": 2.5, "glyphs": 1.0, "colour": 0.5}
 ANNOUNCED = 5  # of so many batches of written words of the web, the captions of one announce them
