@@ -51,10 +51,10 @@ def test_readme_names_every_notebook_that_is_here_and_no_other():
     assert linked == [path.stem for path in NOTEBOOKS]
 
 
-def test_readme_gives_the_held_out_figures_of_the_cards():
-    cards = [models.read_card(name)["held_out"] for name in ("contrastive", "contrastive_web")]
-    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ", README, re.M)
-    assert rows == [(name, *(f"{card[name]:.3f}" for card in cards)) for name in cards[0]]
+def test_readme_gives_the_held_out_figures_of_the_card():
+    card = models.read_card("contrastive")
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| (?:[\d.]+)? ?\|$", README, re.M)
+    assert rows == [(name, f"{value:.3f}") for name, value in card["held_out"].items()]
 
 
 def test_readme_gives_the_figures_of_the_text_to_image_model():

@@ -28,8 +28,7 @@ PLANTED = dict(
     ground_correlation=0.95, grounded=scenes.GROUNDED, co_occurrence=0.8, accompanied=scenes.ACCOMPANIED,
     objects=scenes.ZIPF, hypernyms=0.05,
 )  # fmt: skip
-# What is written on things: mostly their name. Where that was 40 %, and the rest a colour, glyphs or anything, captions
-# seldom said what was written, and the answer became a conflicting word in 0.30 of the pictures and no more.
+# What is written on things: mostly their name.
 LABELS = {"matching": 5.0, "conflicting": 2.5, "glyphs": 1.0, "colour": 0.5}
 ANNOUNCED = 5  # of so many batches of written words of the web, the captions of one announce them
 
@@ -111,7 +110,7 @@ def web_worlds(step: int, rng: np.random.Generator) -> list[scenes.World]:
         switches |= dict(words=0.45, word_kind=LABELS, signs=0.12)
     elif kind == "objects":
         switches |= dict(grounds=some(scenes.GROUNDS, 1, rng), colours=some(tuple(scenes.COLOURS), 1, rng), natural=0.0)
-        switches |= dict(words=0.2, word_kind={"glyphs": 1.0, "matching": 1.0})
+        switches |= dict(words=0.6, word_kind=LABELS, signs=0.15)  # where little else tells things apart, words count
         mention = SPARSE | ({"position": 0.0, "size": 0.0} if step >= SHARP else {})
     else:
         switches |= dict(objects=some(tuple(scenes.OBJECTS), 6, rng), styles=some(scenes.STYLES, 1, rng))
