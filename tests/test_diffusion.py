@@ -309,8 +309,8 @@ def test_batches_of_the_first_generation_are_as_they_were(recipe):
             _, told, _ = recipe.batches.told_at(settings, drawn, step, part)
             *_, t = recipe.batches.batch_at(settings, drawn, latents, tokenizer, step, part)
             parts.append((told, t.tolist()))
-    assert hashlib.sha256(repr(drawn).encode()).hexdigest() == "3bd2e3a4aac0ea47efed26d388d31c4407d3201d4804f7e6cb9941285b57a88c"
-    assert hashlib.sha256(repr(parts).encode()).hexdigest() == "5e0aba9a358ae17efc30ade04aa4eb7254c7850230b0843d79e4463bf0f149bc"
+    digest = lambda value: hashlib.sha256(repr(value).encode()).hexdigest()[:32]
+    assert digest(drawn) == "3bd2e3a4aac0ea47efed26d388d31c44" and digest(parts) == "5e0aba9a358ae17efc30ade04aa4eb72"
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
