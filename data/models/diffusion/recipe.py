@@ -1,377 +1,256 @@
-"""Train the text-to-image model as Stable Diffusion 1 was (Rombach et al. 2022): an autoencoder, then a U-Net in it.
+"""Train the text-to-image model as Stable Diffusion 1 was (Rombach et al. 2022): a U-Net in an autoencoder's latents.
 
-    python data/models/diffusion/recipe.py --autoencoder    train the autoencoder; goes on from its checkpoint
-    python data/models/diffusion/recipe.py                  train the U-Net; goes on from its checkpoint, in the latents
-                                                            of the autoencoder's checkpoint or, without one, the shipped
-    python data/models/diffusion/recipe.py --grid           paint held-out captions, to checkpoints/diffusion/grid.png
-    python data/models/diffusion/recipe.py --export         write the checkpoints as the shipped pipeline
-    python data/models/diffusion/recipe.py --evaluate       held-out figures of the shipped pipeline
+    python data/models/diffusion/recipe.py                          train the U-Net; goes on from its checkpoint
+    python data/models/diffusion/recipe.py --name diffusion_first   the same for the first generation; with
+        --autoencoder its autoencoder, which the second takes over as it is shipped
+    python data/models/diffusion/recipe.py --grid                   paint held-out captions with the checkpoint
+    python data/models/diffusion/recipe.py --measure                held-out figures of the checkpoint
+    python data/models/diffusion/recipe.py --export                 write the checkpoint as the shipped pipeline
+    python data/models/diffusion/recipe.py --evaluate               held-out figures of the shipped pipeline
 
-The text tower is the contrastive model's and stays frozen. The U-Net sees a fixed set of scenes, encoded once, from the
-training side of the compositional split: single objects first, then pairs as well. Checkpoints live in checkpoints/,
-outside git.
+The text tower is a contrastive model's and stays frozen. The U-Net sees a fixed set of scenes, encoded once, from the
+training side of the compositional split; what each step shows stands in diffusion_batches.py. Checkpoints live in
+checkpoints/, outside git (or in the folder that MMFM_CHECKPOINTS names).
 """
 
 import argparse
 import copy
+import functools
+import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
-import numpy as np
+import diffusion_autoencoder as autoencoder
+import diffusion_batches as batches
+import diffusion_held_out as held_out
+import diffusion_parts as parts
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from mmfm_utils import models, oracle, scenes, training
 
 HERE = Path(__file__).parent
-SHIPPED = HERE / "vae" / "diffusion_pytorch_model.safetensors"
-CONTRASTIVE = HERE.parent / "contrastive_first"
-CHECKPOINTS = HERE.parents[2] / "checkpoints" / "diffusion"
-AUTOENCODER, UNET, LATENTS, GRID = (
-    CHECKPOINTS / name for name in ("autoencoder.safetensors", "unet.safetensors", "latents.safetensors", "grid.png")
-)
-SEED = 0
 WARM_UP, DECAY = 200, 0.3
-
-SIZES = ("medium", "large")  # a small object is ten pixels wide, and three latents: its style is lost in them
-AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_PARTS = 4000, 32, 4
-SHARP = 0.5  # weight of the differences between neighbouring pixels: without it the outlines blur
-FIRST = 5.0  # weight of an object's pixels; a ground's is 1
-KL = 1e-3  # per latent, against the mean over pixels: enough that near latents mean near pictures
-
-SINGLES, PAIRS = 48_000, 24_000  # scenes that are encoded once
-STEPS, BATCH, PARTS = 4_800, 64, 4
-PAIRS_SHARE = {0: 0.0, 2_600: 0.4, 3_700: 0.7}  # step from which on: share of a batch
-MENTION = {"colour": 0.95, "style": 0.9, "ground": 0.9, "size": 0.5, "position": 0.5, "relation": 0.9}
-NO_CAPTION = 0.1  # share of pictures whose caption is empty, for classifier-free guidance
 GAMMA = 5.0  # of the min-SNR weight (Hang et al. 2023)
 FLOOR = 0.1  # added to it: what is to be painted is decided where little is left of a picture
-EMA = 0.998
 
 
-# ---- the parts ----
+def folder(name: str) -> Path:
+    return training.CHECKPOINTS / name
 
 
-def build_autoencoder() -> AutoencoderKL:
-    """64 x 64 pixels to 16 x 16 latents of 4 channels."""
-    torch.manual_seed(SEED)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=64,
-        mid_block_add_attention=False,
-    )  # fmt: skip
+def made_of(settings: batches.Settings, vae: AutoencoderKL) -> dict[str, str]:
+    """Digests of the frozen models that a U-Net is trained between."""
+    weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in vae.state_dict().values())
+    return {"text": models.sha256(parts.tower(settings.text)), "autoencoder": hashlib.sha256(weights).hexdigest()}
 
 
-def build_unet() -> UNet2DConditionModel:
-    """Cross-attention to the caption's tokens at 16 x 16 and at 8 x 8."""
-    torch.manual_seed(SEED)
-    return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=2,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=144, attention_head_dim=4, norm_num_groups=16,
-    )  # fmt: skip
-
-
-def scheduler() -> DDIMScheduler:
-    """Velocity is predicted, and the last step is pure noise: else the model learns to read a ground's brightness off
-    what noise leaves of it, and cannot choose it (Lin et al. 2024)."""
-    return DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
-        rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
-        steps_offset=1,
-    )  # fmt: skip
-
-
-def build_text() -> tuple[CLIPTextModel, PreTrainedTokenizerFast]:
-    """The contrastive model's text tower under transformers' names; what it gives is its states after the last norm."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(CONTRASTIVE)
-    known = json.loads((CONTRASTIVE / "open_clip_config.json").read_text())["model_cfg"]
-    config = known["text_cfg"]
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=config["vocab_size"], hidden_size=config["width"], num_hidden_layers=config["layers"],
-        num_attention_heads=config["heads"], intermediate_size=int(config["width"] * config["mlp_ratio"]),
-        max_position_embeddings=config["context_length"], hidden_act="gelu", projection_dim=known["embed_dim"],
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))  # fmt: skip
-    text.load_state_dict(text_weights(load_file(CONTRASTIVE / "open_clip_model.safetensors")))
-    return text.eval().requires_grad_(False), tokenizer
-
-
-def text_weights(clip: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of open_clip's text tower under the names of transformers' CLIPTextModel."""
-    outside = {
-        "token_embedding.weight": "embeddings.token_embedding.weight",
-        "positional_embedding": "embeddings.position_embedding.weight",
-        "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias",
-    }  # fmt: skip
-    return training.from_open_clip(clip, "transformer.resblocks.", outside)
-
-
-def pixels(drawn: list[scenes.Scene]) -> torch.Tensor:
-    return torch.from_numpy(scenes.render_batch(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-# ---- the autoencoder ----
-
-
-def picture_loss(guess: torch.Tensor, truth: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Absolute differences of pixels, and of the steps from pixel to pixel, so that outlines stay sharp.
-
-    `weight` (picture, 1, 64, 64) is that of each pixel.
-    """
-    off = guess - truth
-    flat = (weight * off.abs()).mean()
-    across = (weight[..., 1:] * off.diff(dim=3).abs()).mean()
-    down = (weight[..., 1:, :] * off.diff(dim=2).abs()).mean()
-    return flat + SHARP * (across + down)
-
-
-def train_autoencoder(device: str, steps: int, helpers: int) -> None:
-    model = build_autoencoder().to(device)
-    opts = training.optimisers(model, blocks="none", adam_rate=1.5e-3)
-    world = scenes.World(counts=(0.6, 0.4), sizes=SIZES, natural=0.1, split="train")
-
-    def loss_of(step: int, part: int) -> torch.Tensor:
-        rng = np.random.default_rng([SEED, step, part])
-        drawn = [world.sample(rng) for _ in range(AUTOENCODER_BATCH // AUTOENCODER_PARTS)]
-        truth = pixels(drawn).to(device)
-        there = torch.from_numpy(np.stack([scenes.masks(scene).any(0) for scene in drawn]))[:, None].to(device)
-        weight = (1 + (FIRST - 1) * there) / (1 + (FIRST - 1) * there).mean((2, 3), keepdim=True)
-        generator = torch.Generator("cpu").manual_seed(int(rng.integers(2**31)))
-        with training.precision(device):
-            coded = model.encode(truth).latent_dist
-            guess = model.decode(coded.sample(generator)).sample.float()
-            return picture_loss(guess, truth, weight) + KL * coded.kl().mean() / 1024
-
-    training.run(model, opts, loss_of, AUTOENCODER_PARTS, AUTOENCODER, steps, (WARM_UP, DECAY), helpers)
-
-
-# ---- the U-Net ----
-
-
-def drawn_once() -> list[scenes.Scene]:
-    """The scenes that the U-Net learns from: single objects, then pairs."""
-    single, pair = (scenes.World(counts=c, sizes=SIZES, natural=0.05, split="train") for c in ((1.0,), (0.0, 1.0)))
-    return single.sample_many(SINGLES, SEED) + pair.sample_many(PAIRS, SEED)
-
-
-def autoencoder() -> tuple[AutoencoderKL, int, float]:
-    """That of the checkpoint, its steps and seconds; where there is none, the shipped one, and (0, 0.0)."""
-    model = build_autoencoder()
-    step, seconds, _ = training.restore(AUTOENCODER, model, [])
-    if step == 0:
-        if not SHIPPED.exists():
-            raise SystemExit("Train the autoencoder first: recipe.py --autoencoder")
-        model.load_state_dict({name: x.float() for name, x in load_file(SHIPPED).items()})
-    return model, step, seconds
+def known_of(name: str, expected: dict[str, str]) -> dict[str, torch.Tensor] | None:
+    """The encoded scenes, None where there are none. Ends the program if they were made of something else."""
+    path = folder(name) / "latents.safetensors"
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        known = file.metadata() or {}
+    for what, digest in expected.items():
+        if known.get(what) != digest:
+            raise SystemExit(f"{path} is of another {what}; move {path.parent} away to begin anew.")
+    return load_file(path)
 
 
 @torch.no_grad()
-def latents_of(drawn: list[scenes.Scene], device: str) -> torch.Tensor:
-    """The scenes' latents (scene, 4, 16, 16), half precision, of unit spread; computed once and kept."""
-    model, step, _ = autoencoder()
-    if LATENTS.exists():
-        known = load_file(LATENTS)
-        if (known["autoencoder_step"].item(), len(known["latents"])) != (step, len(drawn)):
-            raise SystemExit(f"{LATENTS} is of other scenes or another autoencoder; move it and {UNET.name} away.")
-        return known["latents"]
-    model.to(device)
-    parts = []
-    for start in tqdm(range(0, len(drawn), 100), desc="encoding"):
-        with training.precision(device):
-            coded = model.encode(pixels(drawn[start : start + 100]).to(device)).latent_dist.mean
-        parts.append(coded.half().cpu())
-    coded = torch.cat(parts)
-    spread = coded.float().std()
-    LATENTS.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {"latents": (coded / spread).contiguous(), "spread": spread, "autoencoder_step": torch.tensor(step)}, LATENTS
-    )
-    return load_file(LATENTS)["latents"]
+def latents_of(name: str, drawn: list[scenes.Scene], device: str, workers: int = 0) -> torch.Tensor:
+    """The scenes' latents (scene, 4, 16, 16), half precision, of about unit spread; computed once and kept."""
+    settings = batches.MODELS[name]
+    model, _, _ = autoencoder.load(settings.autoencoder)
+    expected = made_of(settings, model) | {"set of scenes": hashlib.sha256(repr(drawn).encode()).hexdigest()}
+    known = known_of(name, expected)
+    if known is None:
+        model.to(device)
+        starts, coded = range(0, len(drawn), 100), []
+        pictures = training.ahead(lambda start: scenes.render_batch(drawn[start : start + 100]), starts, workers)
+        for part in tqdm(pictures, desc="encoding"):
+            with training.precision(device):
+                mean = model.encode(oracle.as_input(part.numpy()).to(device)).latent_dist.mean
+            coded.append(mean.half().cpu())
+        coded = torch.cat(coded)
+        spread = coded.float().std() if settings.autoencoder else torch.tensor(1 / model.config.scaling_factor)
+        known = {"latents": (coded / spread).contiguous(), "spread": spread}
+        folder(name).mkdir(parents=True, exist_ok=True)
+        save_file(known, folder(name) / "latents.safetensors", expected)
+    return known["latents"]
 
 
-def train(device: str, steps: int, helpers: int, fuse: bool = False) -> None:
-    drawn = drawn_once()
-    latents = latents_of(drawn, device)
-    text, tokenizer = build_text()
+def train(name: str, device: str, steps: int, helpers: int = 0, workers: int = 0, fuse: bool = False) -> None:
+    """Train the U-Net. On a CPU so many `helpers` share the parts of a step; on a GPU a step is one pass, whose batch
+    `workers` make ahead. Both see the same pictures, captions and noise."""
+    settings = batches.MODELS[name]
+    drawn = batches.drawn_once(settings)
+    latents = latents_of(name, drawn, device, workers)
+    text, tokenizer = parts.build_text(settings.text)
     text.to(device)
-    model = build_unet().to(device)
+    model = parts.build_unet().to(device)
     kept = nn.ModuleDict({"unet": model, "ema": copy.deepcopy(model).requires_grad_(False)})
     opts = training.optimisers(model, blocks="_block", muon_rate=2e-3, adam_rate=1e-3)
     if training.attention(device) == "plain":
         model.set_attn_processor(AttnProcessor())
     model.to(memory_format=torch.channels_last)
     forward = torch.compile(model, dynamic=False) if fuse else model
-    bars = scheduler().alphas_cumprod.to(device)
-    world = scenes.World(mention=MENTION)
+    bars = parts.scheduler().alphas_cumprod.to(device)
+    batch_of = functools.partial(batches.batch_at, settings, drawn, latents, tokenizer)
+    loaded, moments = [], []
 
     def loss_of(step: int, part: int) -> torch.Tensor:
-        n, rng = BATCH // PARTS, np.random.default_rng([SEED, step, part])
-        pair = rng.random(n) < [share for start, share in PAIRS_SHARE.items() if start <= step][-1]
-        chosen = np.where(pair, SINGLES + rng.integers(PAIRS, size=n), rng.integers(SINGLES, size=n))
-        told = ["" if rng.random() < NO_CAPTION else world.caption(drawn[index], rng) for index in chosen]
-        ids = tokenizer(told, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-        generator = torch.Generator("cpu").manual_seed(int(rng.integers(2**31)))
-        clean = latents[torch.from_numpy(chosen)].float()
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        clean = clean.to(device)
-        t = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * 1000).long().to(device)  # stratified
+        if workers and not loaded:  # the first step, after the checkpoint
+            made = training.ahead(lambda at: batches.whole(batch_of, at), range(step, steps), workers)
+            loaded.append(iter(made))
+        batch = next(loaded[0]) if workers else batch_of(step, part)
+        ids, clean, noise, t = (x.to(device) for x in batch)
         bar = bars[t].view(-1, 1, 1, 1)
         noisy = bar.sqrt() * clean + (1 - bar).sqrt() * noise
         velocity = bar.sqrt() * noise - (1 - bar).sqrt() * clean
         snr = (bar / (1 - bar)).flatten()
         weight = (snr.clamp(max=GAMMA) + FLOOR) / (snr + 1)
         with torch.no_grad():
-            states = text(ids.input_ids.to(device)).last_hidden_state
+            states = text(ids).last_hidden_state
         with training.precision(device):
             guess = forward(noisy, t, states).sample
         return (weight * F.mse_loss(guess.float(), velocity, reduction="none").mean((1, 2, 3))).mean()
 
     @torch.no_grad()
-    def average(step: int) -> None:
-        share = min(EMA, (1 + step) / (10 + step))
+    def after(step: int) -> None:
+        share = min(settings.ema, (1 + step) / (10 + step))
         slow, fast = list(kept["ema"].parameters()), [p.detach() for p in model.parameters()]
         torch._foreach_lerp_(slow, fast, 1 - share)
+        moments.append(time.time())
+        if len(moments) == 21:  # the first step takes longer
+            left = (moments[-1] - moments[0]) / 20 * (steps - step) / 60
+            print(f"\nabout {left:.0f} minutes for {steps - step} further steps", flush=True)
 
-    training.run(model, opts, loss_of, PARTS, UNET, steps, (WARM_UP, DECAY), helpers, kept, average)
+    path, (count, helpers) = folder(name) / "last.safetensors", (1, 0) if workers else (batches.PARTS, helpers)
+    training.run(model, opts, loss_of, count, path, steps, (WARM_UP, DECAY), helpers, kept, after)
 
 
-# ---- what comes of it ----
+def restored(name: str) -> tuple[nn.Module, int, float, str]:
+    """The averaged U-Net of the checkpoint, its steps, seconds and machine. Ends the program where there is none."""
+    kept = nn.ModuleDict({"unet": parts.build_unet(), "ema": parts.build_unet()})
+    path = folder(name) / "last.safetensors"
+    step, seconds, machine = training.restore(path, kept, [])
+    if step == 0:
+        raise SystemExit(f"{path} does not exist: train first.")
+    return kept["ema"], step, seconds, machine
 
 
-def pipeline() -> StableDiffusionPipeline:
-    """The checkpoints as a pipeline, with the averaged weights of the U-Net and the latents' spread in its config."""
-    vae, unet = autoencoder()[0], build_unet()
-    kept = nn.ModuleDict({"unet": unet, "ema": copy.deepcopy(unet)})
-    if training.restore(UNET, kept, [])[0] == 0:
-        raise SystemExit(f"{UNET} does not exist: train first.")
-    vae.register_to_config(scaling_factor=1 / load_file(LATENTS)["spread"].item())
-    text, tokenizer = build_text()
+def pipeline(name: str) -> StableDiffusionPipeline:
+    """The checkpoints as a pipeline, with the averaged weights of the U-Net and the latents' scale in its config."""
+    settings, unet = batches.MODELS[name], restored(name)[0]
+    vae, _, _ = autoencoder.load(settings.autoencoder)
+    known = known_of(name, made_of(settings, vae))
+    if settings.autoencoder:
+        vae.register_to_config(scaling_factor=1 / known["spread"].item())
+    text, tokenizer = parts.build_text(settings.text)
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=kept["ema"], scheduler=scheduler(),
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=parts.scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
-def held_out(n: int, pairs: bool, seed: int = 1) -> tuple[list[scenes.Scene], list[str]]:
-    """Scenes with new combinations of object, colour and ground, and what is asked for of each."""
-    counts, told = ((0.0, 1.0) if pairs else (1.0,)), ("colour", "style", "ground")
-    drawn = scenes.World(counts=counts, sizes=SIZES, natural=0.0, split="test").sample_many(n, seed)
-    return drawn, [scenes.caption(scene, told, index % 3) for index, scene in enumerate(drawn)]
+def export(name: str, device: str, force: bool = False) -> None:
+    """Write the shipped half-precision pipeline, and the card with its held-out figures.
 
-
-def evaluate(model: models.Diffusion, n: int = 200, guidance: float = 4.0) -> dict[str, float]:
-    """Shares of held-out prompts (new combinations of object, colour and ground) that are painted right, by the oracle.
-
-    object, colour, style, ground: of prompts for one object. pair_objects, pair_bound: of half as many prompts for two
-    objects, that both are there, and both in their colours. drawn_*: what the oracle reads of the drawn scenes
-    themselves. decoded_*: and of these after the autoencoder alone.
+    Ends the program where the card that is there is of another model, unless forced.
     """
-    reader, out = oracle.Oracle(str(model.device)), {}
-    for pairs, kinds in ((False, ("object", "colour", "style", "ground")), (True, ("pair_objects", "pair_bound"))):
-        drawn, prompts = held_out(n // 2 if pairs else n, pairs)
-        for label, pictures in (
-            ("", model.paint(prompts, guidance=guidance)),
-            ("drawn_", scenes.render_batch(drawn)),
-            ("decoded_", model.pictures(model.latents(drawn))),
-        ):
-            right = [judged(scene, read) for scene, read in zip(drawn, reader.read(pictures), strict=True)]
-            out |= {label + kind: round(float(np.mean([r[kind] for r in right])), 4) for kind in kinds}
-    return out
-
-
-def judged(scene: scenes.Scene, read: oracle.Reading) -> dict[str, bool]:
-    """What of a scene's description a reading confirms."""
-    first, largest = scene.items[0], read.things[0] if read.things else None
-    seen = {(thing.name, thing.colour) for thing in read.things}
-    return {
-        "object": largest is not None and largest.name == first.name,
-        "colour": largest is not None and largest.colour == first.colour,
-        "style": read.style == scene.style,
-        "ground": read.ground == scene.ground,
-        "pair_objects": set(scene.names) <= set(read.names),
-        "pair_bound": {(item.name, item.colour) for item in scene.items} <= seen,
-    }
-
-
-def grid(model: models.Diffusion, columns: int = 12) -> Image.Image:
-    """Held-out captions: what was drawn, that after the autoencoder, what is painted; singles above, pairs below."""
-    rows = []
-    for pairs in (False, False, True):
-        drawn, prompts = held_out(columns, pairs, seed=2 + len(rows))
-        pictures = (scenes.render_batch(drawn), model.pictures(model.latents(drawn)), model.paint(prompts))
-        rows += [np.concatenate(list(each), axis=1) for each in pictures]
-    return Image.fromarray(np.concatenate(rows)).resize((columns * 128, len(rows) * 128), Image.NEAREST)
-
-
-def export(device: str) -> None:
-    """Write the shipped half-precision pipeline, and the card with its held-out figures."""
-    pipe = pipeline()
+    card = HERE / "card.json"
+    there = json.loads(card.read_text())["name"] if card.exists() else name
+    if there != name and not force:
+        raise SystemExit(f"{HERE} holds {there}. Move it away first, or say --force to overwrite it with {name}.")
+    pipe, settings, (_, step, seconds, machine) = pipeline(name), batches.MODELS[name], restored(name)
     pipe.to(dtype=torch.float16).save_pretrained(HERE)
     # transformers loads a part in the precision that its config names, diffusers loads the others in float32
     config = HERE / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
-    _, vae_step, vae_seconds = autoencoder()
-    step, seconds, machine = training.restore(UNET, nn.ModuleDict({"unet": build_unet(), "ema": build_unet()}), [])
+    _, vae_step, vae_seconds = autoencoder.load(settings.autoencoder)
     shipped = sorted(
         (path.relative_to(HERE).as_posix() for path in HERE.rglob("*.*") if path.suffix in (".json", ".safetensors")),
         key=lambda name: (not name.startswith("unet"), name),
     )
-    card = {
-        "name": "diffusion",
+    planted = (
+        f"; objects as unequally frequent as Zipf says, companions together, colours biased, {settings.shown} showings "
+        "of each memorised picture with its sentence (data/world.yaml, diffusion_batches.py)"
+    )
+    about = {
+        "name": name,
         "library": "diffusers",
         "parameters": sum(p.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()),
-        "data": f"{SINGLES} emoji scenes with one object and {PAIRS} with two, training side of the compositional "
-        f"split, objects of the sizes {' and '.join(SIZES)}; the autoencoder on fresh scenes of this kind",
-        "trained_on": f"{step * BATCH} pictures, pairs among them by step and share: {PAIRS_SHARE}",
+        "data": f"{settings.singles} emoji scenes with one object and {settings.pairs} with two, training side of the "
+        f"compositional split, objects of the sizes {' and '.join(parts.SIZES)}{planted if settings.shown else ''}; "
+        "the autoencoder on fresh scenes without what was planted",
+        "trained_on": f"{step * batches.BATCH} pictures, pairs among them by step and share: {dict(settings.share)}",
         "steps": step,
-        "pictures_a_step": BATCH,
-        "seed": SEED,
+        "pictures_a_step": batches.BATCH,
+        "seed": parts.SEED,
         "machine": machine,
         "minutes": round(seconds / 60),
-        "autoencoder": f"{vae_step} steps of {AUTOENCODER_BATCH} pictures, {vae_seconds / 60:.0f} minutes"
+        "text_tower": settings.text,
+        "autoencoder": f"{vae_step} steps of {autoencoder.BATCH} pictures, {vae_seconds / 60:.0f} minutes"
         if vae_step
         else "the shipped one, not trained again",
         "held_out": {},
-        "chance": {"object": 0.0208, "colour": 0.125, "style": 0.25, "ground": 0.125},
+        "chance": held_out.CHANCE,
+        "floor": held_out.FLOOR[name],
         "tolerance": 0.03,
-        "files": {name: models.sha256(HERE / name) for name in shipped if name != "card.json"},
+        "files": {file: models.sha256(HERE / file) for file in shipped if file != "card.json"},
         "licence": "MIT; trained on pictures composed of the emoji sets named in data/sprites/LICENCES.md",
-        "repeat": f"recipe.py --autoencoder, recipe.py --steps {step}, recipe.py --export, in data/models/diffusion",
+        "repeat": f"recipe.py --name {name} --autoencoder, " * (vae_step > 0)
+        + f"recipe.py --name {name} --steps {step}, recipe.py --name {name} --export, in data/models/diffusion",
     }
-    (HERE / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    card["held_out"] = evaluate(models.load("diffusion", device=device))
-    (HERE / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    print(json.dumps(card, indent=2))
+    card.write_text(json.dumps(about, indent=2) + "\n")
+    about["held_out"] = held_out.evaluate(models.load("diffusion", device=device), name)
+    card.write_text(json.dumps(about, indent=2) + "\n")
+    print(json.dumps(about, indent=2))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--name", choices=batches.MODELS, default="diffusion", help="which generation")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--autoencoder", action="store_true", help="train the autoencoder instead of the U-Net")
-    parser.add_argument("--steps", type=int, help=f"how many steps ({AUTOENCODER_STEPS}, {STEPS})")
+    parser.add_argument("--steps", type=int, help="how many steps to train")
     parser.add_argument("--helpers", type=int, default=(os.cpu_count() or 1) - 1, help="further processes, on a CPU")
+    parser.add_argument("--workers", type=int, default=4 * gpu, help="processes that make batches ahead, for a GPU")
     parser.add_argument("--fuse", action="store_true", help="compile the U-Net: half as fast again")
     parser.add_argument("--grid", action="store_true", help="paint held-out captions with the checkpoint")
-    parser.add_argument("--export", action="store_true", help="write the checkpoints as the shipped pipeline")
+    parser.add_argument("--measure", action="store_true", help="held-out figures of the checkpoint")
+    parser.add_argument("--export", action="store_true", help="write the checkpoint as the shipped pipeline")
+    parser.add_argument("--force", action="store_true", help="export over a model of another name")
     parser.add_argument("--evaluate", action="store_true", help="held-out figures of the shipped pipeline")
     options = parser.parse_args()
+    which = options.name
+    if options.autoencoder and not batches.MODELS[which].autoencoder:
+        parser.error(f"{which} uses the shipped autoencoder; --name diffusion_first --autoencoder trained it.")
     if options.evaluate:
-        print(json.dumps(evaluate(models.load("diffusion", device=options.device)), indent=2))
+        shipped = models.load("diffusion", device=options.device)
+        print(json.dumps(held_out.evaluate(shipped, shipped.card["name"]), indent=2))
     elif options.export:
-        export(options.device)
-    elif options.grid:
-        grid(models.of_pipeline(pipeline(), models.device_of(options.device))).save(GRID)
-        print(GRID)
+        export(which, options.device, options.force)
+    elif options.grid or options.measure:
+        opened = models.of_pipeline(pipeline(which), models.device_of(options.device))
+        if options.measure:
+            print(json.dumps(held_out.evaluate(opened, which), indent=2))
+        else:
+            held_out.grid(opened).save(folder(which) / "grid.png")
+            print(folder(which) / "grid.png")
     elif options.autoencoder:
-        train_autoencoder(options.device, options.steps or AUTOENCODER_STEPS, options.helpers)
+        autoencoder.train(options.device, options.steps or autoencoder.STEPS, options.helpers)
     else:
-        train(options.device, options.steps or STEPS, options.helpers, options.fuse)
+        steps = options.steps or batches.MODELS[which].steps
+        train(which, options.device, steps, options.helpers, options.workers, options.fuse)
