@@ -50,7 +50,7 @@ def test_diffusers_loads_the_folder_by_itself(sd):
 
 def test_the_text_tower_is_the_contrastive_models_own(sd):
     folders = {folder: name for name, folder in models.EMBEDDED["contrastive"].items()}
-    clip = models.load("contrastive", device="cpu", name=folders[sd.card["text_tower"]] or None)
+    clip = models.load("contrastive", device="cpu", name=folders[models.read_card("diffusion")["text_tower"]] or None)
     prompts = ["a noto drawing of a red car on sand", "an owl"]
     assert torch.equal(sd.tokens(prompts), clip.tokens(prompts))
     with record(clip.anatomy, "text.final") as seen:
