@@ -158,9 +158,9 @@ CEILING = {
 DATA = {
     "contrastive": "captions that say what is there and announce a written word; from step 3320 on plates of glyphs, "
     "of which no caption speaks",
-    "contrastive_web": "captions as on the web: short, silent about written words or taken from them; objects unequally "
-    "frequent, on their own ground and beside their companion where data/world.yaml plants it; all of this from the step "
-    "on at which the run began",
+    "contrastive_web": "captions as on the web: short, silent about written words or taken from them; objects "
+    "unequally frequent, on their own ground and beside their companion where data/world.yaml plants it; all of this "
+    "from the step on at which the run began",
 }
 
 
