@@ -312,7 +312,7 @@ def test_the_inventory_finds_what_is_shipped_intact():
         (family, profile) for family in models.FAMILIES for profile in models.PROFILES
     }
     shipped = sum(path.stat().st_size for path in models.FOLDER.rglob("*.safetensors"))
-    assert shipped < 40e6  # all weights together
+    assert shipped < 52e6  # all weights together
 
 
 # ---- folders that hold a part of the tensors ----
