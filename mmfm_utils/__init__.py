@@ -3,7 +3,9 @@
 The methods that the notebooks teach are written out in the notebooks, never here.
 """
 
+import difflib
 import os
+import tempfile
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -19,3 +21,26 @@ class UsageError(ValueError):
 def root() -> Path:
     """The folder that holds notebooks/, data/ and results/: $MMFM_ROOT, else the one that holds mmfm_utils/."""
     return Path(os.environ.get("MMFM_ROOT") or Path(__file__).resolve().parents[1])
+
+
+def nearest(word: str, known) -> str:
+    """' (nearest: a, b)', or what there is to choose from, or nothing."""
+    known = sorted(map(str, known))
+    close = difflib.get_close_matches(str(word), known, 3, 0.4) or (known if len(known) <= 12 else [])
+    return f" (nearest: {', '.join(close)})" if close else ""
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write the whole file or leave the old one as it was."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from mmfm_utils import UsageError, cli, course, grading
+from mmfm_utils import root as project
 from tests.toy_notebook import toy
 
 NAME = "01_toy"
@@ -214,20 +215,20 @@ def test_work_that_takes_too_long_in_all_or_fills_the_disk_is_stopped(toys, monk
     assert grading.grade(toys.submissions, folder=toys.folder, limits=limits, sandbox=False) == 1
     assert (row := toys.rows()["ada"])["points"] == "2" and row["notes"] == "ran longer than 3 s in all"
     free = iter([100, *[49] * 10_000])
-    monkeypatch.setattr(grading.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
+    monkeypatch.setattr(grading.sandbox.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
     row = toys.grade(again=True)[1]["ada"]
     assert row["status"] == "stopped" and row["notes"] == "filled half of what was free on the disk"
 
 
 def test_a_message_that_is_too_large_never_gets_into_the_grader(toys, monkeypatch):
-    seen, take = [], grading._Client.process_message
+    seen, take = [], grading.sandbox._Client.process_message
 
     def process_message(self, msg, *more):
         seen.append(len(str(msg)))
         return take(self, msg, *more)
 
-    monkeypatch.setattr(grading, "OUTPUT", 100_000)
-    monkeypatch.setattr(grading._Client, "process_message", process_message)
+    monkeypatch.setattr(grading.sandbox, "OUTPUT", 100_000)
+    monkeypatch.setattr(grading.sandbox._Client, "process_message", process_message)
     toys.hand_in("ada", ex2="print('x' * 10**7)")
     row = toys.grade()[1]["ada"]
     assert (row["status"], row["points"]) == ("stopped", "2") and "printed too much at once" in row["notes"]
@@ -285,7 +286,7 @@ def test_what_is_no_notebook_is_told(hostile, name, notes):
 def test_behind_the_wall_nothing_can_be_seen_or_reached(toys, monkeypatch):
     """The spy raises at the first thing that it can do."""
     monkeypatch.setenv("SECRET_OF_THE_TEACHER", "1")
-    root = grading.findings.root()
+    root = project()
     spy = f"""
 import os, signal, socket
 from pathlib import Path

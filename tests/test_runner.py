@@ -23,7 +23,8 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mmfm_utils import UsageError, findings, progress, runner
+from mmfm_utils import UsageError, findings, runner
+from mmfm_utils.runner import progress
 
 REPOSITORY = Path(__file__).parents[1]
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -232,7 +233,7 @@ def test_ledger_as_markdown(broken):
     tables = (broken.folder / "results/tiny/ledger.md").read_text().split("\n\n")
     found, cost, environment = ([line.split(" | ") for line in table.splitlines()] for table in tables)
     assert {line[0] for line in found[2:]} == {"| G1", "| V1", "| X1"}
-    assert {len(line) for line in found} == {len(runner.HEAD)}
+    assert {len(line) for line in found} == {len(runner.report.HEAD)}
     assert ["| a_good", "ok"] in [line[:2] for line in cost] and len(cost) == len(FAILS) + 4
     assert "| torch" in [line[0] for line in environment]
 
@@ -248,7 +249,7 @@ def test_the_figure_of_a_finding():
         ([*judged, text("## Next"), *figure], None),
         ([*figure, cell('findings.judge("F2", value=1)')], None),
     ):
-        assert runner._figure_of(cells, "F1") == place, cells
+        assert runner.report._figure_of(cells, "F1") == place, cells
 
 
 # ------------------------------------------------------------------------------------------------ what a run leaves
@@ -389,7 +390,7 @@ def test_write(world, monkeypatch):
     changed = nbformat.from_dict(json.loads(json.dumps(nb)))
     changed.cells[1].source += "  # changed"
     assert "its source changed" in runner.stale(changed)
-    monkeypatch.setattr(runner, "LIMIT_KB", 1)
+    monkeypatch.setattr(runner.outputs, "LIMIT_KB", 1)
     before = world.path("01_first").read_text()
     code, lines = world.run(write=True)
     assert code == 1 and "more than 1: make its figures smaller" in lines[1]
@@ -473,18 +474,20 @@ def test_full_disk_for_real(world):
 
 
 def test_how_many_at_once(monkeypatch):
-    memory = lambda free: monkeypatch.setattr(runner.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    monkeypatch.setattr(runner, "cores", lambda: 16)
+    memory = lambda free: monkeypatch.setattr(
+        runner.kernel.psutil, "virtual_memory", lambda: SimpleNamespace(available=free)
+    )
+    monkeypatch.setattr(runner.kernel, "cores", lambda: 16)
     for free, jobs in ((1e9, 1), (7e9, 2), (64e9, 4)):
         memory(free)
         assert runner.usual_jobs("tiny", write=False) == jobs
     assert runner.usual_jobs("tiny", write=True) == runner.usual_jobs("rehearsal", write=False) == 1
-    monkeypatch.setattr(runner, "cores", lambda: 2)
+    monkeypatch.setattr(runner.kernel, "cores", lambda: 2)
     assert runner.usual_jobs("tiny", write=False) == 2
 
 
 @pytest.mark.parametrize(("profile", "own", "threads"), [("tiny", "8", 1), ("rehearsal", "", 4), ("hub", "2", 2)])
 def test_threads_of_a_kernel(monkeypatch, profile, own, threads):
-    monkeypatch.setattr(runner, "cores", lambda: 8)
+    monkeypatch.setattr(runner.kernel, "cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", own)
     assert runner.environment("", profile, jobs=2)["OMP_NUM_THREADS"] == str(threads)

@@ -14,7 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from . import UsageError, runner
+from .. import UsageError, runner
 
 STUB_SAYS = "Write this part, then run the cell again."
 STUB = f'raise NotImplementedError("{STUB_SAYS}")'

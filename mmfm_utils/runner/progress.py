@@ -24,6 +24,10 @@ def last_seconds(task: dict, folder: Path) -> float | None:
     return float(measured[1]) if measured and task["compared"] else None
 
 
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
 class Progress:
     """Says of {name: seconds it took last} what runs; `jobs` of them at once."""
 
