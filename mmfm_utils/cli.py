@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from . import UsageError, __version__, course, findings, models, runner
-from .runner import say
+from . import UsageError, __version__, course, findings, models, root, runner
+from .runner.progress import say
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,7 +87,7 @@ def report(args) -> int:
         lines = runner.changes(*args.compare)
         say("\n".join(lines) or "nothing changed beyond tolerance")
         return 1 if lines else 0
-    base = Path(args.results or findings.root() / "results")
+    base = Path(args.results or root() / "results")
     folders = [base / profile for profile in findings.PROFILES if any((base / profile).glob("*.json"))]
     if not folders:
         raise UsageError(f"no results in {base}: make some with `mmfm run`, or name their folder with --results DIR")
@@ -107,7 +107,7 @@ def build(args) -> int:
 
 
 def check(args) -> int:
-    from . import exercises  # slow
+    from .course import exercises  # slow
 
     paths, bad = runner.select(args.names), 0
     say(f"Checking the exercises of {len(paths)} notebooks; nothing is written")
@@ -143,12 +143,12 @@ def gpu() -> str:
 def doctor(args) -> int:
     say("Checking this machine; nothing is written\n")
     seen = gpu()
-    memory, disk = psutil.virtual_memory(), shutil.disk_usage(findings.root())
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(root())
     lines = {
         "device": f"cuda: {seen}" if seen else "cpu (torch sees no CUDA device)",
         "cores": runner.cores(),
         "memory": f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
-        "disk": f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free at {findings.root()}",
+        "disk": f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free at {root()}",
     }
     for name, value in (lines | runner.versions()).items():
         say(f"  {name:<16} {value}")
@@ -159,7 +159,7 @@ def doctor(args) -> int:
         size = f"{row['bytes'] / 1e6:.1f}"
         say(line.format(row["family"], row["profile"], row["name"], row["state"], size, row["hint"] or row["path"]))
     say("")
-    for path in sorted((findings.root() / "notebooks").glob("*.ipynb")):
+    for path in sorted((root() / "notebooks").glob("*.ipynb")):
         needs = runner.read(path).metadata.get("mmfm", {})
         can = [p for p in needs.get("profiles", findings.PROFILES) if not runner.missing(needs, p, inventory)]
         say(f"  {path.stem:<40} {'runs under ' + ', '.join(can) if can else 'cannot run: see the table above'}")
@@ -168,6 +168,9 @@ def doctor(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     begun = time.perf_counter()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a sign gets its code, not a traceback
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has switched SIGINT off
             signal.signal(number, signal.default_int_handler)

@@ -17,7 +17,7 @@ from pathlib import Path
 import nbformat
 
 from mmfm_utils import UsageError, findings, runner
-from mmfm_utils.exercises import exercises, is_solution, is_test, place, python_of
+from mmfm_utils.course.exercises import exercises, is_solution, is_test, place, python_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"

@@ -5,13 +5,13 @@ import ast
 import nbformat
 import torch
 
-from mmfm_utils import findings, models, scenes, texts
+from mmfm_utils import models, root, scenes, texts
 from mmfm_utils.hooks import record
 
 
 def written_out(notebook, *names, **known):
     """Functions of a notebook by name, run with what they use; cells are not executed."""
-    cells = nbformat.read(findings.root() / "notebooks" / f"{notebook}.ipynb", 4).cells
+    cells = nbformat.read(root() / "notebooks" / f"{notebook}.ipynb", 4).cells
     found = known | {"torch": torch}
     for cell in cells:
         if cell.cell_type == "code" and any(f"def {name}(" in cell.source for name in names):

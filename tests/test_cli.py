@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from mmfm_utils import cli, findings, models, runner
+from mmfm_utils import cli, models, root, runner
 
 PARAMETERS = (
     'profile = "tiny"\ndevice = "auto"\nseed = 0\nrate = 0.5\nword = "dog"\nfast = True\nlayers = [1]\nbest = None'
@@ -140,7 +140,7 @@ def test_doctor_needs_no_slow_library(monkeypatch):
     script = "import sys\nfrom mmfm_utils import cli\ncode, seen = cli.main(['doctor']), cli.gpu()\n"
     script += "print(code, [n for n in ('torch', 'transformers', 'diffusers', 'open_clip') if n in sys.modules])"
     monkeypatch.setenv("PATH", "/nonexistent")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=findings.root())
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root())
     *lines, last = done.stdout.splitlines()
     driver = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
     assert last == f"0 {['torch'] if driver else []}", done.stdout + done.stderr
@@ -173,5 +173,5 @@ def test_report_and_compare(world, capsys):
 
 def test_the_command_itself(world):
     command = [sys.executable, "-m", "mmfm_utils.cli", "run", "05", "--jobs", "-3"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(findings.__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root())
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("mmfm: --jobs -3")

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 
 from mmfm_utils import UsageError, cli, course, runner
-from mmfm_utils.exercises import assignment
+from mmfm_utils.course.exercises import assignment
 from tests.notebook_contract import NOTEBOOKS
 
 

@@ -8,11 +8,12 @@ import json
 import numpy as np
 import pytest
 import torch
+import training
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from mmfm_utils import UsageError, anatomy, models, oracle, scenes, training
+from mmfm_utils import UsageError, anatomy, models, oracle, scenes
 from mmfm_utils.hooks import record
 from tests.test_models import recipe_of, resume
 

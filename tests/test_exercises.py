@@ -7,7 +7,8 @@ import pytest
 from nbgrader.nbgraderformat import MetadataValidator
 from nbgrader.preprocessors import CheckCellMetadata
 
-from mmfm_utils import cli, exercises, runner, trials
+from mmfm_utils import cli, runner, trials
+from mmfm_utils.course import exercises
 from tests import toy_notebook
 from tests.notebook_contract import ROOT, notebooks
 from tests.toy_notebook import WRONG, toy

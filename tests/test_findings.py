@@ -1,6 +1,8 @@
 """The registry, the rule, the verdict, and what leaves the kernel."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mmfm_utils import UsageError, findings
+from mmfm_utils import UsageError, findings, root, write_atomic
 from mmfm_utils.findings import Rule
 
 ENTRY = {
@@ -140,11 +142,11 @@ def test_registry_refused(registry, tmp_path):
 
 
 def test_the_shipped_registry_is_sound():
-    if not (findings.root() / "data" / "findings.yaml").exists():
+    if not (root() / "data" / "findings.yaml").exists():
         pytest.skip("no registry yet")
     known = findings.registry()
     for profile in findings.PROFILES:
-        path = findings.root() / "data" / "expected" / f"{profile}.json"
+        path = root() / "data" / "expected" / f"{profile}.json"
         assert not set(json.loads(path.read_text()) if path.exists() else {}) - set(known)
         for key, want in findings.expected(profile, known).items():
             stated = (known[key].expected or {}).get(profile, want["verdict"])
@@ -296,11 +298,23 @@ def test_expected(registry, tmp_path):
 
 def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    findings.write_atomic(path, "old")
-    monkeypatch.setattr(findings.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    write_atomic(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
-        findings.write_atomic(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_where_modes_and_fsync_are_unknown(tmp_path, monkeypatch):
+    """As on drives of Windows under WSL, and on some that lie in a network."""
+
+    def refuses(*error):
+        return lambda *_: (_ for _ in ()).throw(OSError(*error))
+
+    monkeypatch.setattr(os, "fsync", refuses(errno.EINVAL, "Invalid argument"))
+    monkeypatch.setattr(os, "chmod", refuses(errno.EPERM, "Operation not permitted"))
+    write_atomic(tmp_path / "a.json", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_no_torch():

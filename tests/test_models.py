@@ -12,8 +12,10 @@ import sys
 
 import numpy as np
 import open_clip
+import optimisation
 import pytest
 import torch
+import training
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
@@ -29,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmfm_utils import UsageError, anatomy, models, scenes, texts, training
+from mmfm_utils import UsageError, anatomy, models, scenes, texts
 from mmfm_utils.hooks import record
 
 
@@ -418,7 +420,7 @@ def test_the_recipe_resumes_to_the_same_weights(recipe, monkeypatch, tmp_path):
 def resume(recipe, monkeypatch, tmp_path, stops, train, checkpoint="CHECKPOINT", folder=""):
     """Training up to the last stop at once and with a halt at each stop leaves the same checkpoint."""
     monkeypatch.setattr(recipe, "evaluate", lambda *_, **__: {}, raising=False)
-    monkeypatch.setattr(training, "schedule", lambda *_: 1.0)  # otherwise it depends on where training ends
+    monkeypatch.setattr(optimisation, "schedule", lambda *_: 1.0)  # otherwise it depends on where training ends
     results = []
     for name, halts in (("whole", stops[-1:]), ("parts", stops)):
         path = tmp_path / name / folder / "last.safetensors"

@@ -23,7 +23,8 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mmfm_utils import UsageError, findings, progress, runner
+from mmfm_utils import UsageError, findings, runner
+from mmfm_utils.runner import progress
 
 REPOSITORY = Path(__file__).parents[1]
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -232,7 +233,7 @@ def test_ledger_as_markdown(broken):
     tables = (broken.folder / "results/tiny/ledger.md").read_text().split("\n\n")
     found, cost, environment = ([line.split(" | ") for line in table.splitlines()] for table in tables)
     assert {line[0] for line in found[2:]} == {"| G1", "| V1", "| X1"}
-    assert {len(line) for line in found} == {len(runner.HEAD)}
+    assert {len(line) for line in found} == {len(runner.report.HEAD)}
     assert ["| a_good", "ok"] in [line[:2] for line in cost] and len(cost) == len(FAILS) + 4
     assert "| torch" in [line[0] for line in environment]
 
@@ -248,7 +249,7 @@ def test_the_figure_of_a_finding():
         ([*judged, text("## Next"), *figure], None),
         ([*figure, cell('findings.judge("F2", value=1)')], None),
     ):
-        assert runner._figure_of(cells, "F1") == place, cells
+        assert runner.report._figure_of(cells, "F1") == place, cells
 
 
 # ------------------------------------------------------------------------------------------------ what a run leaves
@@ -389,7 +390,7 @@ def test_write(world, monkeypatch):
     changed = nbformat.from_dict(json.loads(json.dumps(nb)))
     changed.cells[1].source += "  # changed"
     assert "its source changed" in runner.stale(changed)
-    monkeypatch.setattr(runner, "LIMIT_KB", 1)
+    monkeypatch.setattr(runner.outputs, "LIMIT_KB", 1)
     before = world.path("01_first").read_text()
     code, lines = world.run(write=True)
     assert code == 1 and "more than 1: make its figures smaller" in lines[1]
@@ -473,18 +474,79 @@ def test_full_disk_for_real(world):
 
 
 def test_how_many_at_once(monkeypatch):
-    memory = lambda free: monkeypatch.setattr(runner.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    monkeypatch.setattr(runner, "cores", lambda: 16)
+    memory = lambda free: monkeypatch.setattr(
+        runner.kernel.psutil, "virtual_memory", lambda: SimpleNamespace(available=free)
+    )
+    monkeypatch.setattr(runner.kernel, "cores", lambda: 16)
     for free, jobs in ((1e9, 1), (7e9, 2), (64e9, 4)):
         memory(free)
         assert runner.usual_jobs("tiny", write=False) == jobs
     assert runner.usual_jobs("tiny", write=True) == runner.usual_jobs("rehearsal", write=False) == 1
-    monkeypatch.setattr(runner, "cores", lambda: 2)
+    monkeypatch.setattr(runner.kernel, "cores", lambda: 2)
     assert runner.usual_jobs("tiny", write=False) == 2
 
 
-@pytest.mark.parametrize(("profile", "own", "threads"), [("tiny", "8", 1), ("rehearsal", "", 4), ("hub", "2", 2)])
+@pytest.mark.parametrize(
+    ("profile", "own", "threads"),
+    [
+        ("tiny", "8", 1),
+        ("rehearsal", "", 4),
+        ("hub", "2", 2),
+        ("hub", " 3,2,1", 3),
+        ("hub", "2.0", 2),
+        ("hub", "0", 1),
+        ("hub", "all", 4),
+    ],
+)
 def test_threads_of_a_kernel(monkeypatch, profile, own, threads):
-    monkeypatch.setattr(runner, "cores", lambda: 8)
+    monkeypatch.setattr(runner.kernel, "cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", own)
     assert runner.environment("", profile, jobs=2)["OMP_NUM_THREADS"] == str(threads)
+
+
+DEFAULTS = dict(
+    seed=0, rate=0.5, word="dog", words=["dog"], layers=[1], pair=(1, 2), name=None, fast=True, many={"a": 1}, none=[],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("seed=010", 10), ("seed=1_000", 1000), ("seed=-3", -3), ("seed= 3", 3), ("seed=1:30", None),
+        ("seed=1e3", None), ("seed=yes", None), ("rate=-.5", -0.5), ("rate=2", 2.0), ("rate=nan", None),
+        ("rate=-inf", None), ("word=no", "no"), ("word=010", "010"), ("word=a=b", "a=b"),
+        ("words=[no, 007]", ["no", "007"]), ("words=no", None), ("words=[", None),
+        ("words=[]", []), ("layers=[010]", [10]), ("layers=[1.5]", None), ("layers=[a]", None),
+        ("pair=[3, 4]", (3, 4)), ("name=llava-1.5-7b", "llava-1.5-7b"), ("name=3", 3), ("name=None", None),
+        ("fast=no", False), ("fast=True", True), ("fast=0", None), ("many={a: 2}", {"a": 2}), ("many=[a]", None),
+        ("none=[x, 2]", ["x", 2]),
+    ],
+)  # fmt: skip
+def test_a_parameter_has_the_type_of_its_default(text, value):
+    """YAML 1.1 would make 8 of 010, 90 of 1:30 and False of no."""
+    if value is None and text != "name=None":
+        with pytest.raises(UsageError, match="must be of type"):
+            runner.parse_parameter(text, DEFAULTS)
+    else:
+        found = runner.parse_parameter(text, DEFAULTS)
+        assert found == (text.split("=")[0], value) and type(found[1]) is type(value)
+
+
+def test_in_a_locale_that_knows_ascii_only(tmp_path):
+    """As on Windows: what is read and written is UTF-8 all the same, and what cannot be printed ends nothing."""
+    world = World(tmp_path)
+    world.add("a_named", MEASURE, "print('→ 狮子')")
+    world.add("b_fails", "assert False, '狮 → kaputt'")
+    plain = {key: v for key, v in os.environ.items() if not key.startswith(("LC_", "LANG", "MMFM"))}
+    ascii_only = plain | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "MMFM_ROOT": str(tmp_path)}
+
+    def mmfm(*arguments):
+        command = [sys.executable, "-m", "mmfm_utils.cli", "run", *arguments]
+        done = subprocess.run(command, env=ascii_only, capture_output=True, cwd=Path(__file__).parents[1])
+        assert b"Traceback" not in done.stdout + done.stderr
+        return done.returncode, done.stdout.decode()
+
+    assert mmfm("a_named", "--jobs", "1")[0] == 0
+    code, said = mmfm("b_fails", "--jobs", "1")
+    assert code == 1 and "kaputt" in said
+    assert "狮子" in (tmp_path / "results" / "tiny" / "a_named.ipynb").read_text(encoding="utf-8")

@@ -1,11 +1,11 @@
 """What the recipes share: optimisers, schedule, checkpoints, attention, the crew."""
 
+import optimisation
 import pytest
 import torch
+import training
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from mmfm_utils import training
 
 
 def small(attention: str = "eager") -> LlamaForCausalLM:
@@ -34,7 +34,7 @@ def test_muon_follows_torchs():
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((64, 32), (32, 64), (64, 32))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     start = [p.detach().clone() for p in ours]
-    mine = training.Muon(ours, lr=2e-3, weight_decay=0.05)
+    mine = optimisation.Muon(ours, lr=2e-3, weight_decay=0.05)
     torchs = torch.optim.Muon(theirs, lr=2e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
@@ -50,7 +50,7 @@ def test_muon_takes_a_kernel_for_the_matrix_that_it_is():
     torch.manual_seed(0)
     kernel = nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
     matrix = nn.Parameter(kernel.detach().flatten(1).clone())
-    opts = [training.Muon([p], lr=2e-3, weight_decay=0.05) for p in (kernel, matrix)]
+    opts = [optimisation.Muon([p], lr=2e-3, weight_decay=0.05) for p in (kernel, matrix)]
     before = matrix.detach().clone()
     for _ in range(3):
         kernel.grad = torch.randn_like(kernel)
@@ -62,7 +62,7 @@ def test_muon_takes_a_kernel_for_the_matrix_that_it_is():
 
 def test_a_checkpoint_brings_everything_back(tmp_path):
     model = small()
-    opts = training.optimisers(model, blocks=".layers.")
+    opts = optimisation.optimisers(model, blocks=".layers.")
     ids = torch.randint(0, 30, (3, 9))
     for _ in range(2):
         model(ids, labels=ids).loss.backward()
@@ -70,7 +70,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
             optimiser.step()
     training.save(tmp_path / "last.safetensors", model, opts, 2, 1.5)
     again = small()
-    fresh = training.optimisers(again, blocks=".layers.")
+    fresh = optimisation.optimisers(again, blocks=".layers.")
     step, seconds, machine = training.restore(tmp_path / "last.safetensors", again, fresh)
     assert (step, seconds) == (2, 1.5) and "torch" in machine
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
@@ -85,7 +85,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path):
 
 
 def test_the_schedule_rises_stays_and_falls():
-    rates = [training.schedule(step, 100, 10, 0.4) for step in range(100)]
+    rates = [optimisation.schedule(step, 100, 10, 0.4) for step in range(100)]
     assert rates[0] == 0.05 and max(rates) == 1 and rates[30] == 1 and rates[-1] < 0.02
     assert rates[:10] == sorted(rates[:10]) and rates[60:] == sorted(rates[60:], reverse=True)
 

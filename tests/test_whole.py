@@ -11,7 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mmfm_utils import UsageError, exercises, findings, models, runner
+from mmfm_utils import UsageError, findings, models, runner
+from mmfm_utils.course import exercises
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

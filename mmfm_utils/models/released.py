@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from .. import data
+
 
 @dataclass(frozen=True)
 class Release:
@@ -39,5 +41,4 @@ def _read(path: Path) -> dict[str, dict[str, Release]]:
     }
 
 
-# Part of the package, as the code that builds these architectures is: it does not follow $MMFM_ROOT.
-RELEASED = _read(Path(__file__).parents[2] / "data" / "models" / "released.yaml")
+RELEASED = _read(data("models/released.yaml"))

@@ -16,21 +16,26 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # training.py lies there
 
 import contrastive_batches as batches
 import contrastive_held_out as held_out
 import numpy as np
 import open_clip
+import optimisation
 import torch
 import torch.nn.functional as F
+import training
 from open_clip.transformer import PatchDropout
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from mmfm_utils import scenes, training
+from mmfm_utils import scenes
 
 HERE = Path(__file__).parent
 FIRST = HERE.parent / "contrastive_first"  # the first generation: the clean regime up to step GLYPHS_FROM
@@ -81,7 +86,7 @@ def train(name: str, device: str, steps: int, from_shipped: bool = False, worker
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             module.__class__ = PlainAttention
-    opts = training.optimisers(model, blocks="resblocks")
+    opts = optimisation.optimisers(model, blocks="resblocks")
     path, table = checkpoint(name), checkpoint(name).with_name("moments.json")
     step, seconds, _ = training.restore(path, model, opts)
     if from_shipped and step == 0:
@@ -105,8 +110,8 @@ def train(name: str, device: str, steps: int, from_shipped: bool = False, worker
         model.visual.patch_dropout = sparse if batches.sparse_at(name, at, steps) else whole
         images, tokens = (x.to(device) for x in pair)
         torch.manual_seed(at)  # for the patch dropout
-        training.set_rate(opts, training.schedule(at, steps, WARM_UP, batches.DECAY))
-        with training.precision(device):
+        optimisation.set_rate(opts, optimisation.schedule(at, steps, WARM_UP, batches.DECAY))
+        with optimisation.precision(device):
             image, text, scale = model(images, tokens)
             logits = scale * image.float() @ text.float().T  # (image, text)
             target = torch.arange(len(images), device=device)

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import diffusion_parts as parts
 import numpy as np
+import optimisation
 import torch
+import training
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from mmfm_utils import oracle, scenes, training
+from mmfm_utils import oracle, scenes
 
 SHIPPED = Path(__file__).parent / "vae" / "diffusion_pytorch_model.safetensors"
 STEPS, BATCH, PARTS = 4000, 32, 4
@@ -37,7 +39,7 @@ def picture_loss(guess: torch.Tensor, truth: torch.Tensor, weight: torch.Tensor)
 
 def train(device: str, steps: int, helpers: int) -> None:
     model = parts.build_autoencoder().to(device)
-    opts = training.optimisers(model, blocks="none", adam_rate=1.5e-3)
+    opts = optimisation.optimisers(model, blocks="none", adam_rate=1.5e-3)
     world = scenes.World(counts=(0.6, 0.4), sizes=parts.SIZES, natural=0.1, split="train")
 
     def loss_of(step: int, part: int) -> torch.Tensor:
@@ -47,7 +49,7 @@ def train(device: str, steps: int, helpers: int) -> None:
         there = torch.from_numpy(np.stack([scenes.masks(scene).any(0) for scene in drawn]))[:, None].to(device)
         weight = (1 + (FIRST - 1) * there) / (1 + (FIRST - 1) * there).mean((2, 3), keepdim=True)
         generator = torch.Generator("cpu").manual_seed(int(rng.integers(2**31)))
-        with training.precision(device):
+        with optimisation.precision(device):
             coded = model.encode(truth).latent_dist
             guess = model.decode(coded.sample(generator)).sample.float()
             return picture_loss(guess, truth, weight) + KL * coded.kl().mean() / 1024

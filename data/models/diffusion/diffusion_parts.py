@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import torch
+import training
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
-
-from mmfm_utils import training
 
 MODELS = Path(__file__).parents[1]
 SEED = 0

@@ -19,15 +19,20 @@ import functools
 import hashlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # training.py lies there
 
 import diffusion_autoencoder as autoencoder
 import diffusion_batches as batches
 import diffusion_held_out as held_out
 import diffusion_parts as parts
+import optimisation
 import torch
 import torch.nn.functional as F
+import training
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
@@ -35,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from mmfm_utils import models, oracle, scenes, training
+from mmfm_utils import models, oracle, scenes
 
 HERE = Path(__file__).parent
 WARM_UP, DECAY = 200, 0.3
@@ -78,7 +83,7 @@ def latents_of(name: str, drawn: list[scenes.Scene], device: str, workers: int =
         starts, coded = range(0, len(drawn), 100), []
         pictures = training.ahead(lambda start: scenes.render_batch(drawn[start : start + 100]), starts, workers)
         for part in tqdm(pictures, desc="encoding"):
-            with training.precision(device):
+            with optimisation.precision(device):
                 mean = model.encode(oracle.as_input(part.numpy()).to(device)).latent_dist.mean
             coded.append(mean.half().cpu())
         coded = torch.cat(coded)
@@ -99,8 +104,8 @@ def train(name: str, device: str, steps: int, helpers: int = 0, workers: int = 0
     text.to(device)
     model = parts.build_unet().to(device)
     kept = nn.ModuleDict({"unet": model, "ema": copy.deepcopy(model).requires_grad_(False)})
-    opts = training.optimisers(model, blocks="_block", muon_rate=2e-3, adam_rate=1e-3)
-    if training.attention(device) == "plain":
+    opts = optimisation.optimisers(model, blocks="_block", muon_rate=2e-3, adam_rate=1e-3)
+    if optimisation.attention(device) == "plain":
         model.set_attn_processor(AttnProcessor())
     model.to(memory_format=torch.channels_last)
     forward = torch.compile(model, dynamic=False) if fuse else model
@@ -121,7 +126,7 @@ def train(name: str, device: str, steps: int, helpers: int = 0, workers: int = 0
         weight = (snr.clamp(max=GAMMA) + FLOOR) / (snr + 1)
         with torch.no_grad():
             states = text(ids).last_hidden_state
-        with training.precision(device):
+        with optimisation.precision(device):
             guess = forward(noisy, t, states).sample
         return (weight * F.mse_loss(guess.float(), velocity, reduction="none").mean((1, 2, 3))).mean()
 

@@ -10,15 +10,20 @@ Generated pictures are softer and noisier than drawn ones, so half of what it le
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # training.py lies there
+
 import numpy as np
+import optimisation
 import torch
 import torch.nn.functional as F
+import training
 from diffusers import UNet2DModel
 from torch import nn
 
-from mmfm_utils import models, oracle, scenes, training
+from mmfm_utils import models, oracle, scenes
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE.parents[2] / "checkpoints" / "oracle" / "last.safetensors"
@@ -63,7 +68,7 @@ def loss_of(model: nn.Module, step: int, part: int, device: str) -> torch.Tensor
 
 def train(device: str, steps: int, helpers: int) -> None:
     model = build().to(device)
-    opts = training.optimisers(model, blocks="none", adam_rate=2e-3)
+    opts = optimisation.optimisers(model, blocks="none", adam_rate=2e-3)
 
     def loss(step: int, part: int) -> torch.Tensor:
         return loss_of(model, step, part, device)

@@ -16,14 +16,19 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # training.py lies there
+
 import numpy as np
+import optimisation
 import torch
 import torch.nn.functional as F
+import training
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import (
@@ -37,7 +42,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmfm_utils import scenes, texts, training
+from mmfm_utils import scenes, texts
 
 HERE = Path(__file__).parent
 LANGUAGE, CONTRASTIVE = HERE.parent / "language", HERE.parent / "contrastive_first"
@@ -304,8 +309,8 @@ def train(device: str, steps: int, helpers: int, from_shipped: bool) -> None:
     model = build().to(device)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(LANGUAGE)
     for part in (model.model.vision_tower, model.model.language_model):
-        part.set_attn_implementation(training.attention(device))
-    opts = training.optimisers(model, blocks="language_model.layers.", muon_rate=1e-3)
+        part.set_attn_implementation(optimisation.attention(device))
+    opts = optimisation.optimisers(model, blocks="language_model.layers.", muon_rate=1e-3)
     step, seconds, _ = training.restore(CHECKPOINT, model, opts)
     if from_shipped and step == 0:
         model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(HERE, dtype=torch.float32).state_dict())
@@ -315,14 +320,14 @@ def train(device: str, steps: int, helpers: int, from_shipped: bool) -> None:
     def part_of(step: int, part: int) -> torch.Tensor:
         model.model.language_model.requires_grad_(step >= PROJECTOR_ALONE)
         batch = batch_at(step, part, steps, tokenizer)
-        with training.precision(device):
+        with optimisation.precision(device):
             return loss_of(model, {name: tensor.to(device) for name, tensor in batch.items()})
 
     crew = training.Crew(model, part_of, PARTS, helpers if device == "cpu" else 0)
     bar = tqdm(total=steps, initial=step, unit="step", mininterval=10)
     began, losses = time.time(), defaultdict(list)
     while step < steps:
-        training.set_rate(opts, training.schedule(step, steps, WARM_UP, DECAY))
+        optimisation.set_rate(opts, optimisation.schedule(step, steps, WARM_UP, DECAY))
         kind = kind_at(step, steps)
         losses[kind] = [*losses[kind][-50 * PARTS :], *crew.step(step)]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -15,17 +15,22 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # training.py lies there
+
 import numpy as np
+import optimisation
 import torch
 import torch.nn.functional as F
+import training
 from safetensors.torch import save_file
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mmfm_utils import scenes, texts, training
+from mmfm_utils import scenes, texts
 
 HERE = Path(__file__).parent
 SHIPPED = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
@@ -134,13 +139,13 @@ def batch_at(name: str, step: int, part: int, tokenizer) -> tuple[torch.Tensor, 
 def train(name: str, device: str, steps: int, helpers: int) -> None:
     torch.manual_seed(MODELS[name].seed)
     tokenizer = load_tokenizer()
-    model = LlamaForCausalLM._from_config(config(name), attn_implementation=training.attention(device)).to(device)
-    opts = training.optimisers(model, blocks=".layers.")
+    model = LlamaForCausalLM._from_config(config(name), attn_implementation=optimisation.attention(device)).to(device)
+    opts = optimisation.optimisers(model, blocks=".layers.")
     path = training.CHECKPOINTS / name / "last.safetensors"
 
     def loss_of(step: int, part: int) -> torch.Tensor:
         ids, weights = (x.to(device) for x in batch_at(name, step, part, tokenizer))
-        with training.precision(device):
+        with optimisation.precision(device):
             logits = model(ids).logits[:, :-1]  # (row, token, vocabulary)
         losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         weights = weights[:, 1:].flatten()

@@ -15,13 +15,17 @@ def last_seconds(task: dict, folder: Path) -> float | None:
     None where neither is known.
     """
     try:
-        last = json.loads((folder / f"{task['name']}.json").read_text())
+        last = json.loads((folder / f"{task['name']}.json").read_text(encoding="utf-8"))
         if last["status"] == "ok" and last["parameters"] == task["parameters"]:
             return last["seconds"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     measured = re.search(r"<!--measured-->(\d+) s", task["notebook"])
     return float(measured[1]) if measured and task["compared"] else None
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 class Progress:

@@ -29,8 +29,8 @@ import nbformat
 from nbgrader.preprocessors import ClearHiddenTests, ClearSolutions
 from traitlets.config import Config
 
-from . import findings, runner
-from .course import CONFIG, STUB_SAYS
+from .. import root, runner
+from . import CONFIG, STUB_SAYS
 
 LEAST = 2  # wrong answers for each exercise
 
@@ -91,7 +91,7 @@ def answered(source, answer):
 
 def wrong_answers(name):
     """{grade_id: [(name, pattern, answer)]} of tests/wrong_answers/NAME.py, or nothing where there is none."""
-    path = findings.root() / "tests" / "wrong_answers" / f"{name}.py"
+    path = root() / "tests" / "wrong_answers" / f"{name}.py"
     return runpy.run_path(str(path))["WRONG"] if path.exists() else {}
 
 

@@ -1,0 +1,89 @@
+"""Two hashes, kept apart.
+
+The *stamp* of a committed notebook covers its own cells and the weights that it loaded, so that an edit elsewhere does
+not outdate its outputs. The *key* of a result covers whatever could change it (that, all of mmfm_utils and data/, the
+parameters, the versions): `--resume` keeps a result only while the key is the same.
+"""
+
+import hashlib
+import json
+import platform
+import re
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from .. import root
+from .notebook import tags
+
+PACKAGES = "torch torchvision transformers diffusers open_clip_torch captum scikit-learn numpy matplotlib papermill"
+MEASURED = re.compile(r"(<!--measured-->).*?(<!--/measured-->)", re.S)  # `--write` puts seconds and memory between
+
+
+def versions() -> dict:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES.split():
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+@cache
+def _digest(path: str, size: int, changed: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _tree(folder: Path, pattern: str, skip: str = "") -> list:
+    """[name, hash] of every file in a folder that fits the pattern."""
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file() and skip not in path.parts)
+    return [[str(p.relative_to(folder)), _digest(str(p), p.stat().st_size, p.stat().st_mtime_ns)] for p in files]
+
+
+def _hash(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def source_hash(nb) -> str:
+    """Of the code and Markdown that people wrote; what the runner fills in does not count."""
+    return _hash([[cell.cell_type, tags(cell), MEASURED.sub(r"\1\2", cell.source)] for cell in nb.cells])
+
+
+def weights_of(folders) -> dict[str, str]:
+    """{folder: hash of its weights} of embedded models."""
+    models = root() / "data" / "models"
+    return {folder: _hash(_tree(models / folder, "*.safetensors")) for folder in folders}
+
+
+def weights_hash(nb) -> str:
+    """As in stamps that do not say which models were loaded: of all the embedded weights of the notebook's families.
+
+    The families are those of its metadata (`mmfm: {families: [...]}`), or all. A family's further models lie in folders
+    beside its own: language, language_half.
+    """
+    models = root() / "data" / "models"
+    families = nb.metadata.get("mmfm", {}).get("families", []) or [""]
+    folders = [name for family in families for name in (family, *sorted(p.name for p in models.glob(f"{family}_*")))]
+    return _hash([[folder, _tree(models / folder, "*.safetensors")] for folder in folders])
+
+
+def stamp(nb, loaded=(), profile: str = "tiny") -> dict:
+    """What the outputs of a committed notebook were made from; loaded: the folders of the models that it opened."""
+    return {"source": source_hash(nb), "weights": weights_of(loaded), "profile": profile, "packages": versions()}
+
+
+def stale(nb) -> str:
+    """Why the outputs of a committed notebook are out of date, or nothing."""
+    old = nb.metadata.get("mmfm", {}).get("stamp", {})
+    weights = old.get("weights", {})
+    new = stamp(nb, weights if isinstance(weights, dict) else ())
+    new |= {"weights": weights_hash(nb)} if isinstance(weights, str) else {}
+    changed = [name for name in ("source", "weights", "profile") if old.get(name) != new[name]]
+    what = f"its {' and '.join(changed)} changed since it ran" if old else "it carries no stamp"
+    return f"{what}: make its outputs anew with `mmfm run NAME --write`" if changed else ""
+
+
+def result_key(nb, parameters: dict, trials: dict) -> str:
+    package, data = _tree(Path(__file__).parents[1], "*.py"), _tree(root() / "data", "*", skip="expected")
+    return _hash(source_hash(nb), package, data, parameters, versions(), trials)
