@@ -1,11 +1,11 @@
 """The registry of findings in data/findings.yaml, and the committed results that a run is compared with."""
 
+import functools
 import json
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from .. import UsageError, nearest, root
+from .. import UsageError, data, nearest, root
 from .rule import Rule
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "not judged")
@@ -48,33 +48,28 @@ class Finding:
         return self.reported + ("" if self.verified else " (unverified)")
 
 
+@functools.cache
+def _schema() -> tuple:
+    """What checks an entry, and {field: how it should be}; the file is for editors too."""
+    from jsonschema import Draft202012Validator
+
+    whole = json.loads(data("findings.schema.json").read_text(encoding="utf-8"))
+    entry = whole["items"] | {"$defs": whole["$defs"]}
+    kinds = {"#/$defs/" + name: kind for name, kind in whole["$defs"].items()}
+    wanted = {name: kinds.get(field.get("$ref"), field)["description"] for name, field in entry["properties"].items()}
+    return Draft202012Validator(entry), wanted
+
+
 def _entry(raw: dict) -> Finding:
     """One entry of the file, checked field by field."""
-
-    def need(fine: bool, message: str) -> None:
-        if not fine:
-            raise UsageError(message)
-
-    def texts(several) -> bool:
-        return all(isinstance(text, str) and text.strip() for text in several)
-
+    checker, wanted = _schema()
     for key in raw:
-        known = {field.name for field in fields(Finding)}
-        need(key in known, f"unknown field `{key}`{nearest(key, known)}")
-    for key in ("notebook", "family", "claim", "paper", "arxiv", "reported", "measured", "control"):
-        need(texts([raw.get(key)]), f"`{key}` must be a text (in quotes where it looks like a number)")
-    for key in ("verified", "exact"):
-        need(isinstance(raw.get(key, False if key == "exact" else None), bool), f"`{key}` must be true or false")
-    judged, expected, tolerance = not raw.get("not_done"), raw.get("expected", {}), raw.get("tolerance")
-    need(isinstance(raw.get("rule_changed", []), list), "`rule_changed` must be a list of reasons")
-    need(texts(raw.get("rule_changed", [])), "`rule_changed` must be a list of reasons")
-    fine = isinstance(expected, dict) and set(expected) <= set(PROFILES) and set(expected.values()) <= set(VERDICTS)
-    need(fine, f"`expected` maps a profile ({', '.join(PROFILES)}) to a verdict ({', '.join(VERDICTS)})")
-    for width in tolerance.values() if isinstance(tolerance, dict) else [tolerance] * judged:
-        fine = type(width) in (int, float) and 0 <= width < math.inf
-        need(fine, "`tolerance` must be a number of at least 0, or a mapping of names to such numbers")
-    for key in ["rule"] * judged + ["partly"] * ("partly" in raw):
-        need(texts([raw.get(key)]), f"`{key}` must be a condition, written as a text")
+        if key not in wanted:
+            raise UsageError(f"unknown field `{key}`{nearest(key, wanted)}")
+    for error in checker.iter_errors(raw):
+        missing = [key for key in error.validator_value if key not in raw] if error.validator == "required" else []
+        key = missing[0] if missing else error.absolute_path[0]
+        raise UsageError(f"`{key}` {wanted[key]}")
     rules = {key: Rule(raw[key]) for key in ("rule", "partly") if key in raw}
     return Finding(**{**raw, **rules})
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .. import UsageError, findings, write_atomic
 from .execution import RUNNING, blank, execute, how
-from .kernel import LOG, Client, Kernel, _stop, cores, environment, stop_kernels, usual_jobs
+from .executors import make_executor
+from .kernel import LOG, Client, Kernel, cores, environment, resume_kernels, stop_kernels, usual_jobs
 from .notebook import check_source, code_cells, defaults, first_line, read
 from .outputs import commit, readme_pictures
 from .progress import Progress, last_seconds, say
@@ -17,7 +18,6 @@ from .stamps import stale, stamp, versions, weights_hash
 from .tasks import (
     check_models,
     cuda_available,
-    make_executor,
     make_task,
     missing,
     parse_parameter,
@@ -63,14 +63,14 @@ def run(
     if unfit and names:
         raise UsageError(f"{unfit[0]['name']} runs under {', '.join(unfit[0]['profiles'])}, not under {profile}")
     folder = results_folder(results, profile)
-    pool = make_executor(executor, jobs) if isinstance(executor, str) else executor
     check_models([task for task in tasks if task not in unfit])
+    pool = make_executor(executor, jobs) if isinstance(executor, str) else executor
     tasks = [task for task in tasks if task not in unfit]
-    where = f"{jobs} at once" if executor == "local" else f"on {executor}"
+    where = getattr(pool, "where", f"on {executor}")
     say(f"Running {len(tasks)} notebooks, profile {profile}, device {device}, {where}; writing to {folder}")
     for task in unfit:
         say(f"{task['name']}: skipped, it does not run under {profile}")
-    _stop.clear()
+    resume_kernels()
     counts, waiting = Counter(), {}
     progress = Progress({task["name"]: last_seconds(task, folder) for task in tasks}, jobs)
     try:
@@ -88,7 +88,7 @@ def run(
         for future in waiting:
             future.cancel()
         stop_kernels()
-        pool.shutdown(wait=executor == "local")
+        pool.stop() if isinstance(executor, str) else pool.shutdown(wait=False)
         show(folder)
         say(f"Interrupted after {counts.total()} of {len(tasks)} notebooks; with the same arguments, "
             "`mmfm run --resume` goes on from there")  # fmt: skip

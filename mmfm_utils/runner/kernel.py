@@ -120,7 +120,13 @@ def _kill(process: psutil.Process) -> None:
         pass
 
 
+def resume_kernels() -> None:
+    """Let kernels start again on this machine, after `stop_kernels`."""
+    _stop.clear()
+
+
 def stop_kernels() -> None:
+    """End the kernels of this process, and let no other start."""
     _stop.set()
     for kernel in list(_kernels):
         _kill(kernel)

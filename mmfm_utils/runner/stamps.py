@@ -84,6 +84,11 @@ def stale(nb) -> str:
     return f"{what}: make its outputs anew with `mmfm run NAME --write`" if changed else ""
 
 
-def result_key(nb, parameters: dict, trials: dict) -> str:
+def project_hash() -> str:
+    """Of all the code and the data that a result may depend on."""
     package, data = _tree(Path(__file__).parents[1], "*.py"), _tree(root() / "data", "*", skip="expected")
-    return _hash(source_hash(nb), package, data, parameters, versions(), trials)
+    return _hash(package, data)
+
+
+def result_key(nb, parameters: dict, trials: dict) -> str:
+    return _hash(source_hash(nb), project_hash(), parameters, versions(), trials)

@@ -4,14 +4,13 @@ import ast
 import math
 import re
 import tempfile
-from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import yaml
 
 from .. import UsageError, findings, nearest, root
-from .notebook import check_source, defaults, first_line, read
+from .notebook import check_source, defaults, read
 from .stamps import result_key
 
 READY = ("intact", "from config", "cached")  # of the states that models.inventory knows
@@ -104,22 +103,6 @@ def make_task(path: Path, given, profile: str, device: str, jobs: int, cell_time
         "jobs": jobs,
         "cell_timeout": cell_timeout,
     }
-
-
-def make_executor(name: str, jobs: int) -> Executor:
-    """Threads here, each with a kernel process; or the workers of a Dask cluster that already runs."""
-    if name == "local":
-        return ThreadPoolExecutor(jobs)
-    if not name.startswith("dask://") or name == "dask://":
-        raise UsageError(f"--executor {name}: write local, or dask://HOST:PORT")
-    try:
-        from distributed import Client
-    except ImportError:
-        raise UsageError("--executor dask:// needs a package that is not installed: pip install distributed") from None
-    try:
-        return Client("tcp://" + name.removeprefix("dask://"), timeout=10).get_executor()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"no Dask scheduler answers at {name}: start one there ({first_line(error)})") from None
 
 
 def missing(needs: dict, profile: str, inventory: list[dict]) -> dict[str, str]:
