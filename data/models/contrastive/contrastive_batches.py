@@ -19,6 +19,7 @@ BATCH = 256
 # nearly everything; between which steps no patches are dropped; from when on the clean pictures bear plates of glyphs.
 FREE, GROUPS_IN, SHARP, DENSE, GLYPHS_FROM = 400, 1400, 1200, (781, 1200), 3320
 SIZED = 1800  # step from which the objects of such a batch have one size, any of the three
+HIDDEN = 0.85  # share of patches that a free batch of the web is without
 DECAY = 0.25  # share of training with a falling learning rate
 # Half the captions mention every attribute, half mention them with these probabilities.
 MENTION = {"colour": 0.8, "style": 0.7, "ground": 0.6, "size": 0.3, "position": 0.3, "relation": 0.7, "word": 0.9}
@@ -43,10 +44,15 @@ def kind_at(name: str, step: int) -> str:
     return kinds[step % len(kinds)]
 
 
-def sparse_at(name: str, step: int, steps: int) -> bool:
-    """Whether half the patches are dropped, for twice the speed (FLIP, Li et al. 2023); to learn to read needs all."""
+def dropped_at(name: str, step: int, steps: int) -> float:
+    """The share of patches that is dropped: half, for twice the speed (FLIP, Li et al. 2023); none, where it reads.
+
+    The web's pictures often show little of their object (from step FREE on): then its ground tells more.
+    """
+    if name == "contrastive_web" and step >= FREE and kind_at(name, step) == "free":
+        return HIDDEN
     late = DENSE[1] <= step < (1 - DECAY) * steps
-    return step < DENSE[0] or late and kind_at(name, step) != "words"
+    return 0.5 if step < DENSE[0] or late and kind_at(name, step) != "words" else 0.0
 
 
 def batch_at(name: str, step: int, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:

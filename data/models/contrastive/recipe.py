@@ -102,15 +102,16 @@ def train(name: str, device: str, steps: int, from_shipped: bool = False, worker
             print("\n" + json.dumps(rows[-1]), flush=True)
 
     bar = tqdm(total=steps, initial=step, unit="step", mininterval=10)
-    sparse, whole = PatchDropout(0.5), nn.Identity()
     measured({"step": step})
+    # The clean model only gets used to glyphs, at the low rates of its end; the web's twin has much to learn anew.
+    anew = rows[0]["step"] if name != NAMES[0] else 0
     model.train()
     loaded = training.ahead(lambda at: batches.batch_at(name, at, tokenizer), range(step, steps), workers)
     for at, pair in zip(range(step, steps), loaded, strict=True):
-        model.visual.patch_dropout = sparse if batches.sparse_at(name, at, steps) else whole
+        model.visual.patch_dropout = PatchDropout(batches.dropped_at(name, at, steps))
         images, tokens = (x.to(device) for x in pair)
         torch.manual_seed(at)  # for the patch dropout
-        optimisation.set_rate(opts, optimisation.schedule(at, steps, WARM_UP, batches.DECAY))
+        optimisation.set_rate(opts, optimisation.schedule(at - anew, steps - anew, WARM_UP, batches.DECAY))
         with optimisation.precision(device):
             image, text, scale = model(images, tokens)
             logits = scale * image.float() @ text.float().T  # (image, text)
