@@ -1,6 +1,7 @@
 """Execute notebooks, each in a kernel of its own, and make sure that something was tested: `run`."""
 
 import json
+import math
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
@@ -72,7 +73,10 @@ def run(
         say(f"{task['name']}: skipped, it does not run under {profile}")
     resume_kernels()
     counts, waiting = Counter(), {}
-    progress = Progress({task["name"]: last_seconds(task, folder) for task in tasks}, jobs)
+    usual = {task["name"]: last_seconds(task, folder) for task in tasks}
+    progress = Progress(usual, jobs)
+    if jobs > 1:  # the longest first, so that none runs alone at the end
+        tasks.sort(key=lambda task: -(usual[task["name"]] or math.inf))
     try:
         for task in tasks:
             if old := resume and kept(folder, task):
