@@ -19,7 +19,7 @@ FAMILIES = ("contrastive", "language", "generative", "diffusion")
 # The folders of each family's embedded models, by the name that picks them; "" is the one loaded without a name, and
 # "first" the first generation, which is still the only one of three families.
 EMBEDDED = {
-    "contrastive": {"": "contrastive", "first": "contrastive_first"},
+    "contrastive": {"": "contrastive", "web": "contrastive_web", "first": "contrastive_first"},
     "language": {"": "language", "half": "language_half", "first": "language"},
     "generative": {"": "generative", "first": "generative"},
     "diffusion": {"": "diffusion", "first": "diffusion"},
