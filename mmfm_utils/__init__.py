@@ -23,6 +23,11 @@ def root() -> Path:
     return Path(os.environ.get("MMFM_ROOT") or Path(__file__).resolve().parents[1])
 
 
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
 def nearest(word: str, known) -> str:
     """' (nearest: a, b)', or what there is to choose from, or nothing."""
     known = sorted(map(str, known))

@@ -281,17 +281,17 @@ def test_what_runs_is_said_meanwhile(monkeypatch, capsys):
     client, lines = SimpleNamespace(cell=0, cells=40, begun=0.0), lambda: capsys.readouterr().err.splitlines()
     told = progress.Progress({"01": 200.0, "02": 60.0, "03": 100.0}, jobs=2)
     told.tell({"01": client}, {"01", "02", "03"})
-    assert lines() == ["  01: begins, 40 cells, 200 s the last time"]
+    assert lines() == ["  01: starts, 40 cells; it took 200 s last time"]
     now, client.cell = 20.0, 12
     told.tell({"01": client}, {"01", "02", "03"})
     assert lines() == []
     now = 50.0
     told.tell({"01": client}, {"01", "02", "03"})
-    assert lines() == ["  01 in cell 12 of 40 after 50 s, about 150 s left; 3 notebooks to go, about 3 min"]
+    assert lines() == ["  01: in cell 12 of 40 after 50 s, about 150 s left; 3 notebooks left, about 3 min"]
     now, told.last["02"] = 90.0, None
     told.tell({}, {"02", "03"})
     told.tell({}, set())
-    assert lines() == ["  2 notebooks to go"]
+    assert lines() == ["  2 notebooks left"]
 
 
 def test_a_run_says_where_it_is(world, monkeypatch, capsys):
@@ -299,10 +299,10 @@ def test_a_run_says_where_it_is(world, monkeypatch, capsys):
     world.add("01_first", "import time\ntime.sleep(2)", MEASURE)
     assert world.run()[0] == 0
     told = capsys.readouterr().err
-    assert "01_first: begins, 5 cells\n" in told
-    assert re.search(r"01_first in cell 4 of 5 after \d+ s; 1 notebooks to go\n", told)
+    assert "01_first: starts, 5 cells\n" in told
+    assert re.search(r"01_first: in cell 4 of 5 after \d+ s; 1 notebook left\n", told)
     assert world.run()[0] == 0
-    assert re.search(r"01_first: begins, 5 cells, \d+ s the last time\n", capsys.readouterr().err)
+    assert re.search(r"01_first: starts, 5 cells; it took \d+ s last time\n", capsys.readouterr().err)
 
 
 def test_fake_executor_and_partial_run(world):

@@ -23,9 +23,8 @@ from nbgrader.preprocessors import (
     SaveAutoGrades,
 )
 
-from .. import UsageError, course, nearest, runner, write_atomic
+from .. import UsageError, course, nearest, runner, say, write_atomic
 from ..course.exercises import is_test
-from ..runner.progress import say
 from .sandbox import OPEN, Limits, check_wall, execute
 from .submissions import Kept, handed_in, restore, taken
 

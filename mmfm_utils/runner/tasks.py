@@ -8,10 +8,9 @@ import nbformat
 import yaml
 
 from .. import UsageError, findings, nearest, root
+from ..machine import missing
 from .notebook import check_source, defaults, first_line, read
 from .stamps import result_key
-
-READY = ("intact", "from config", "cached")  # of the states that models.inventory knows
 
 
 def select(names) -> list[Path]:
@@ -99,15 +98,6 @@ def make_executor(name: str, jobs: int) -> Executor:
         return Client("tcp://" + name.removeprefix("dask://"), timeout=10).get_executor()
     except (OSError, ValueError) as error:
         raise UsageError(f"no Dask scheduler answers at {name}: start one there ({first_line(error)})") from None
-
-
-def missing(needs: dict, profile: str, inventory: list[dict]) -> dict[str, str]:
-    """The families that a notebook needs under a profile and whose default model is not ready: {family: what to do}."""
-    hints = dict.fromkeys(needs.get("families", []), "there is none in this version")
-    for row in reversed(inventory):  # the first of a family is the default, so it has the last word
-        if row["profile"] == profile and row["family"] in needs.get("families", []):
-            hints[row["family"]] = "" if row["state"] in READY else row["hint"] or "see `mmfm doctor`"
-    return {family: hint for family, hint in hints.items() if hint}
 
 
 def check_models(tasks: list[dict]) -> None:
