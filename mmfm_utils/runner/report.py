@@ -6,10 +6,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from .. import UsageError, findings, write_atomic
+from .. import UsageError, findings, say, write_atomic
 from ..findings import COLOURS, shown
 from .notebook import read, tags
-from .progress import say
 
 MARKS = dict(zip(findings.VERDICTS, "✓≈✗–", strict=True))  # of verdicts, for those who do not tell colours apart
 LEDGER = tuple("id notebook claim value control interval n verdict rule seconds peak_mb why".split())
