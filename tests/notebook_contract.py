@@ -18,6 +18,7 @@ import nbformat
 
 from mmfm_utils import UsageError, collection, findings, runner
 from mmfm_utils.course.exercises import exercises, is_solution, is_test, place, python_of
+from mmfm_utils.runner.report import FIGURE_TEXT
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -39,7 +40,6 @@ SECTIONS = [
     ("The ledger", r"(the |this notebook's )?ledger\b"),
     ("References", r"references\b"),
 ]
-FIGURE_TEXT = re.compile(r"^\*Figure(?: \d+)?:\s+(.+?)\*\s*$", re.M | re.S)
 PICTURE_FILE = re.compile(r"\.(png|jpe?g|gif|svg|webp|bmp|tiff?)$", re.I)
 ROOTS = "home|root|tmp|usr|opt|mnt|srv|var|etc|private|Users|Volumes"
 ABSOLUTE_PATH = re.compile(rf"^(/[\w.~-]+/[\w./~-]*|/({ROOTS})\b.*|~(/.*)?|[A-Za-z]:[\\/].*)$")
