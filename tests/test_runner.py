@@ -363,8 +363,12 @@ def test_write(world, monkeypatch):
     view = "from IPython.display import display\ndisplay({'application/vnd.jupyter.widget-view+json': {}}, raw=True)"
     world.add("01_first", judge("A1", 0.3), view, "1 + 1", finding="A1")
     assert world.run()[0] == 1  # 0.3 is not the committed 0.5
+    line = {"name": "01_first", "branch": "b", "question": "q", "families": [], "state": "here", "title": "Toy"}
+    (world.folder / "data/notebooks.yaml").write_text(yaml.safe_dump([line]))
+    (world.folder / "README.md").write_text("<!--minutes of 01_first-->?<!--/minutes-->")
     code, lines = world.run(write=True)
     assert code == 0, lines
+    assert (world.folder / "README.md").read_text() == "<!--minutes of 01_first-->1 minute<!--/minutes-->"
     nb = runner.read(world.path("01_first"))
     cells = runner.code_cells(nb)
     assert [cell.execution_count for cell in cells] == [1, 2, 3, 4, 5, 6] and len(nb.cells) == 7
