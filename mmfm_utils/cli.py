@@ -136,6 +136,9 @@ def grade(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     begun = time.perf_counter()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a sign gets its code, not a traceback
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has switched SIGINT off
             signal.signal(number, signal.default_int_handler)

@@ -155,6 +155,8 @@ def explore(draw: Callable[..., Figure], **controls: widgets.Widget) -> None:
 
     for name, control in controls.items():
         control.description = control.description or name
+        if hasattr(control, "continuous_update"):
+            control.continuous_update = False  # one figure when a slider is let go, not one for each step of a drag
         control.style.description_width = "initial"  # as wide as it is; and so are the choices of a list
         if isinstance(control, widgets.Dropdown):
             control.layout.width, control.layout.max_width = "max-content", "100%"

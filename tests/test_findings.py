@@ -1,5 +1,6 @@
 """The registry, the rule, the verdict, and what leaves the kernel."""
 
+import errno
 import json
 import os
 import subprocess
@@ -302,6 +303,18 @@ def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_where_modes_and_fsync_are_unknown(tmp_path, monkeypatch):
+    """As on drives of Windows under WSL, and on some that lie in a network."""
+
+    def refuses(*error):
+        return lambda *_: (_ for _ in ()).throw(OSError(*error))
+
+    monkeypatch.setattr(os, "fsync", refuses(errno.EINVAL, "Invalid argument"))
+    monkeypatch.setattr(os, "chmod", refuses(errno.EPERM, "Operation not permitted"))
+    write_atomic(tmp_path / "a.json", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_no_torch():

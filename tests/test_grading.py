@@ -8,6 +8,7 @@ import shutil
 import socket
 import sqlite3
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import nbformat
@@ -215,20 +216,20 @@ def test_work_that_takes_too_long_in_all_or_fills_the_disk_is_stopped(toys, monk
     assert grading.grade(toys.submissions, folder=toys.folder, limits=limits, sandbox=False) == 1
     assert (row := toys.rows()["ada"])["points"] == "2" and row["notes"] == "ran longer than 3 s in all"
     free = iter([100, *[49] * 10_000])
-    monkeypatch.setattr(grading.sandbox.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
+    monkeypatch.setattr(grading.kernel.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
     row = toys.grade(again=True)[1]["ada"]
     assert row["status"] == "stopped" and row["notes"] == "filled half of what was free on the disk"
 
 
 def test_a_message_that_is_too_large_never_gets_into_the_grader(toys, monkeypatch):
-    seen, take = [], grading.sandbox._Client.process_message
+    seen, take = [], grading.kernel.Client.process_message
 
     def process_message(self, msg, *more):
         seen.append(len(str(msg)))
         return take(self, msg, *more)
 
-    monkeypatch.setattr(grading.sandbox, "OUTPUT", 100_000)
-    monkeypatch.setattr(grading.sandbox._Client, "process_message", process_message)
+    monkeypatch.setattr(grading.kernel, "OUTPUT", 100_000)
+    monkeypatch.setattr(grading.kernel.Client, "process_message", process_message)
     toys.hand_in("ada", ex2="print('x' * 10**7)")
     row = toys.grade()[1]["ada"]
     assert (row["status"], row["points"]) == ("stopped", "2") and "printed too much at once" in row["notes"]
@@ -429,3 +430,107 @@ def test_a_full_disk_is_told_and_the_old_table_stays(toys, monkeypatch):
     with pytest.raises(UsageError, match="No space left on device.*: make room; the same command goes on"):
         toys.grade()
     assert toys.rows() == before
+
+
+# ---- what other editors and systems leave behind
+
+
+def test_a_notebook_of_another_editor_is_graded_like_any_other(toys):
+    """A progress bar in Google Colab leaves a widget's state that nbconvert cannot read."""
+
+    def colab(nb):
+        kind = "application/vnd.jupyter.widget-{}+json"
+        model = {"model_module": "@jupyter-widgets/controls", "model_name": "HBoxModel", "state": {}}
+        nb.metadata |= {
+            "widgets": {kind.format("state"): {"0f": model}},
+            "colab": {"provenance": []},
+            "accelerator": "GPU",
+        }
+        view = {kind.format("view"): {"model_id": "0f", "version_major": 2, "version_minor": 0}, "text/plain": "0%"}
+        bar = nbformat.v4.new_code_cell("pass", metadata={"id": "a", "outputId": "b"})
+        bar.outputs = [nbformat.v4.new_output("display_data", view)]
+        nb.cells.insert(2, bar)
+
+    def bare(nb):
+        nb.metadata = {"widgets": {}, "vscode": {"interpreter": {"hash": "0"}}}
+
+    handed = toys.hand_in("colab", change=colab).read_bytes()
+    toys.hand_in("vscode", change=bare)
+    code, rows = toys.grade()
+    assert code == 0 and {row["points"] for row in rows.values()} == {"4"}
+    assert "total" in toys.page("colab") and (toys.submissions / "colab" / f"{NAME}.ipynb").read_bytes() == handed
+
+
+def test_what_lies_beside_the_submissions_is_passed_over_and_nobody_is_left_out(tmp_path):
+    rubbish = [
+        "__MACOSX/amy/._01_toy.ipynb",
+        "lost+found/x",
+        "Thumbs.db",
+        ".git/x.ipynb",
+        "grades.csv",
+        "~old/01_toy.ipynb",
+    ]
+    rubbish += ["amy/._01_toy.ipynb", "amy/.ipynb_checkpoints/01_toy-checkpoint.ipynb", "amy/__pycache__/a.ipynb"]
+    good = ["amy/01_toy.ipynb", "bob/01_toy/01_toy.ipynb", "bob/02_other.ipynb"]
+    renamed = [
+        "cat/01_toy (1).ipynb",
+        "dan/01_toy-2.ipynb",
+        "eve/Attempt 2/01_toy.ipynb",
+        "fay/01_TOY.ipynb",
+        "gus/01_toy copy.ipynb",
+    ]
+    for name in rubbish + good + renamed:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "hal").mkdir()
+    found = [str(path.relative_to(tmp_path)) for _, path in grading.handed_in(tmp_path, [])]
+    assert found == sorted([*good, *renamed, "hal"])
+    found = [str(path.relative_to(tmp_path)) for _, path in grading.handed_in(tmp_path, [NAME])]
+    assert found == sorted([*good[:2], *renamed])
+
+
+@pytest.mark.parametrize("name", [f"{NAME} (1)", f"{NAME}-2", NAME.upper(), f"Attempt 2/{NAME}"])
+def test_a_renamed_submission_is_told_by_name_and_not_lost(toys, name):
+    path = toys.hand_in("amy")
+    (moved := toys.submissions / "amy" / f"{name}.ipynb").parent.mkdir(exist_ok=True)
+    path.rename(moved)
+    code, rows = toys.grade()
+    assert code == 1 and moved.exists() and rows["amy"]["status"] == "not graded"
+    assert rows["amy"]["notebook"].removesuffix(".ipynb") == name and f"call it {NAME}.ipynb" in rows["amy"]["notes"]
+
+
+def test_two_who_grade_at_once_lose_no_row(toys, monkeypatch):
+    toys.hand_in("amy"), toys.hand_in("bob")
+    own, other = toys.submissions, toys.base / "others"
+    toys.submissions = other
+    toys.hand_in("cat")
+    toys.submissions, plain, begun = own, grading._grade, []
+
+    def meanwhile(folder, student, *more):
+        done = plain(folder, student, *more)
+        if not begun:
+            begun.append(student)
+            assert grading.grade(other, folder=toys.folder, limits=LIMITS, sandbox=False) == 0
+        return done
+
+    monkeypatch.setattr(grading, "_grade", meanwhile)
+    code, rows = toys.grade()
+    assert code == 0 and {student: row["points"] for student, row in rows.items()} == {
+        "amy": "4",
+        "bob": "4",
+        "cat": "4",
+    }
+
+
+def test_sockets_fit_where_the_folder_for_temporary_files_is_deep(tmp_path, monkeypatch):
+    """A path of more than 107 signs is none for a socket; behind the wall kernels have no other way to be reached."""
+    deep = tmp_path / ("deep" * 20)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.setattr(grading, "wall", lambda *_: [])  # only the sockets are those of the wall
+    nb = toy()
+    told = grading.execute(nb, grading.Limits(30, 60, 1000), [])
+    assert not told["stopped"] and not any(o.output_type == "error" for c in nb.cells for o in c.get("outputs", []))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UsageError, match="set TMPDIR"):
+        grading.execute(nb, grading.Limits(30, 60, 1000), [])

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -33,7 +34,7 @@ BROUGHT_BY = {
     "PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "open_clip": "open-clip-torch",
     "resvg_py": "resvg-py", "IPython": "ipywidgets", "traitlets": "ipywidgets", "nbformat": "papermill",
     "nbclient": "papermill", "jupyter_client": "papermill", "tokenizers": "transformers",
-    "packaging": "transformers", "huggingface_hub": "transformers", "nbconvert": "nbgrader",
+    "packaging": "transformers", "huggingface_hub": "transformers", "filelock": "transformers", "nbconvert": "nbgrader",
     "zmq": "papermill",
 }  # fmt: skip
 OPTIONAL = {"dask", "distributed"}  # only with `--executor dask://...`, by those who have a cluster
@@ -261,6 +262,33 @@ def test_nothing_unsafe(path):
 def test_no_module_is_longer_than_a_room(path):
     long = len(path.read_text(encoding="utf-8").splitlines()) > MAX_LINES
     assert long == (str(path.relative_to(ROOT)) in TOO_LONG)
+
+
+def unnamed_encodings(source):
+    """The calls that read or write text in whatever encoding the machine has: under Windows it is not UTF-8."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if getattr(call.func, "attr", "") in ("read_text", "write_text")]
+    return [ast.unparse(call) for call in calls if "encoding" not in [keyword.arg for keyword in call.keywords]]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_text_is_utf_8(path):
+    assert not unnamed_encodings(path.read_text(encoding="utf-8"))
+    assert unnamed_encodings("path.read_text()\npath.write_text(x, encoding='utf-8')") == ["path.read_text()"]
+
+
+def test_a_package_without_its_data_says_what_to_set(tmp_path):
+    """As `pip install` from a repository leaves it: the code is there, its data are not."""
+    shutil.copytree(PACKAGE, tmp_path / "mmfm_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    plain = {key: value for key, value in os.environ.items() if key not in ("MMFM_ROOT", "PYTHONPATH")}
+
+    def python(code, **more):
+        env = plain | {"PYTHONPATH": str(tmp_path)} | more
+        return subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+
+    for code in ("from mmfm_utils import models", "from mmfm_utils import findings; findings.registry()"):
+        assert python(code, MMFM_ROOT=str(ROOT)).returncode == 0
+        assert "set MMFM_ROOT to" in python(code).stderr.splitlines()[-1]
 
 
 def test_a_method_would_be_caught():

@@ -101,6 +101,7 @@ def test_a_widget_has_a_static_twin_and_follows_its_controls(monkeypatch):
 
     control = IntSlider(3, 0, 9)
     plots.explore(draw, layer=control)
+    assert control.continuous_update is False  # or one drag would draw a figure at every step
     assert control.description == "layer"  # or the reader would not know what it moves
     assert asked == [3] and isinstance(displayed[0], plt.Figure)  # the twin, before anything is touched
     control.value = 7

@@ -476,8 +476,67 @@ def test_how_many_at_once(monkeypatch):
     assert runner.usual_jobs("tiny", write=False) == 2
 
 
-@pytest.mark.parametrize(("profile", "own", "threads"), [("tiny", "8", 1), ("rehearsal", "", 4), ("hub", "2", 2)])
+@pytest.mark.parametrize(
+    ("profile", "own", "threads"),
+    [
+        ("tiny", "8", 1),
+        ("rehearsal", "", 4),
+        ("hub", "2", 2),
+        ("hub", " 3,2,1", 3),
+        ("hub", "2.0", 2),
+        ("hub", "0", 1),
+        ("hub", "all", 4),
+    ],
+)
 def test_threads_of_a_kernel(monkeypatch, profile, own, threads):
     monkeypatch.setattr(runner.kernel, "cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", own)
     assert runner.environment("", profile, jobs=2)["OMP_NUM_THREADS"] == str(threads)
+
+
+DEFAULTS = dict(
+    seed=0, rate=0.5, word="dog", words=["dog"], layers=[1], pair=(1, 2), name=None, fast=True, many={"a": 1}, none=[],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("seed=010", 10), ("seed=1_000", 1000), ("seed=-3", -3), ("seed= 3", 3), ("seed=1:30", None),
+        ("seed=1e3", None), ("seed=yes", None), ("rate=-.5", -0.5), ("rate=2", 2.0), ("rate=nan", None),
+        ("rate=-inf", None), ("word=no", "no"), ("word=010", "010"), ("word=a=b", "a=b"),
+        ("words=[no, 007]", ["no", "007"]), ("words=no", None), ("words=[", None),
+        ("words=[]", []), ("layers=[010]", [10]), ("layers=[1.5]", None), ("layers=[a]", None),
+        ("pair=[3, 4]", (3, 4)), ("name=llava-1.5-7b", "llava-1.5-7b"), ("name=3", 3), ("name=None", None),
+        ("fast=no", False), ("fast=True", True), ("fast=0", None), ("many={a: 2}", {"a": 2}), ("many=[a]", None),
+        ("none=[x, 2]", ["x", 2]),
+    ],
+)  # fmt: skip
+def test_a_parameter_has_the_type_of_its_default(text, value):
+    """YAML 1.1 would make 8 of 010, 90 of 1:30 and False of no."""
+    if value is None and text != "name=None":
+        with pytest.raises(UsageError, match="must be of type"):
+            runner.parse_parameter(text, DEFAULTS)
+    else:
+        found = runner.parse_parameter(text, DEFAULTS)
+        assert found == (text.split("=")[0], value) and type(found[1]) is type(value)
+
+
+def test_in_a_locale_that_knows_ascii_only(tmp_path):
+    """As on Windows: what is read and written is UTF-8 all the same, and what cannot be printed ends nothing."""
+    world = World(tmp_path)
+    world.add("a_named", MEASURE, "print('→ 狮子')")
+    world.add("b_fails", "assert False, '狮 → kaputt'")
+    plain = {key: v for key, v in os.environ.items() if not key.startswith(("LC_", "LANG", "MMFM"))}
+    ascii_only = plain | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "MMFM_ROOT": str(tmp_path)}
+
+    def mmfm(*arguments):
+        command = [sys.executable, "-m", "mmfm_utils.cli", "run", *arguments]
+        done = subprocess.run(command, env=ascii_only, capture_output=True, cwd=Path(__file__).parents[1])
+        assert b"Traceback" not in done.stdout + done.stderr
+        return done.returncode, done.stdout.decode()
+
+    assert mmfm("a_named", "--jobs", "1")[0] == 0
+    code, said = mmfm("b_fails", "--jobs", "1")
+    assert code == 1 and "kaputt" in said
+    assert "狮子" in (tmp_path / "results" / "tiny" / "a_named.ipynb").read_text(encoding="utf-8")

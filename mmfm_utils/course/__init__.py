@@ -37,7 +37,7 @@ def build(folder: str | Path, names: list[str] = ()) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MADE).exists():  # an instructor's own settings stay
-            (folder / MADE).write_text(json.dumps(CONFIG, indent=1) + "\n")
+            (folder / MADE).write_text(json.dumps(CONFIG, indent=1) + "\n", encoding="utf-8")
         for path in notebooks:
             (folder / "source" / path.stem).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / "source" / path.stem / path.name)

@@ -30,7 +30,9 @@ _run: dict | None = None
 def peak_mb(pid: int | str = "self") -> float:
     """The largest resident memory that a process has had so far, in MB (0 where the system does not tell)."""
     try:
-        return int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1)) / 1024
+        return (
+            int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8")).group(1)) / 1024
+        )
     except (OSError, AttributeError):
         return 0.0
 

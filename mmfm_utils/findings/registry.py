@@ -111,7 +111,7 @@ def expected(profile: str, known: dict[str, Finding] | None = None, notebook: st
     """
     path = root() / "data" / "expected" / f"{profile}.json"
     try:
-        stored = json.loads(path.read_text()) if path.exists() else {}
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         stored = {key: {"verdict": row["verdict"], "value": row["value"]} for key, row in stored.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{path} is damaged: restore it, or write it anew with `mmfm run --write`") from None

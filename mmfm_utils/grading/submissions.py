@@ -107,31 +107,57 @@ class Kept:
         return count
 
 
+def _rubbish(name: str) -> bool:
+    """What systems and editors leave behind: hidden files and folders, macOS's archives, caches."""
+    return name.startswith((".", "__", "~")) or name == "lost+found"
+
+
+def _alike(name: str) -> str:
+    """A name without what browsers and course systems add to it: "01_Toy (1)" and "01_toy-2" are alike."""
+    return re.sub(r"([ _-]*(\(\d+\)|copy|\d+))+$", "", name.casefold()[2:]) + name[:2]
+
+
 def handed_in(submissions: Path, names: list[str]) -> list[tuple[str, Path]]:
     """[(student, file)] in a folder that holds STUDENT/NAME/NAME.ipynb, as nbgrader has it, or STUDENT/NAME.ipynb.
 
-    The folder of a student in which there is neither stands for itself.
+    A file in another place, or of another name, is taken where a student has no better one, so that it can be told; of
+    those who have none at all the folder stands for itself. What systems and editors leave behind is passed over.
     """
     if not submissions.is_dir():
         raise UsageError(f"no folder {submissions}: give the one that holds STUDENT/NAME.ipynb")
     found = []
-    for student in sorted(submissions.iterdir()):
-        if student.is_dir() and not student.name.startswith("."):
-            paths = {path.stem: path for path in student.glob("*.ipynb")}
-            paths |= {path.stem: path for path in student.glob("*/*.ipynb") if path.stem == path.parent.name}
-            paths = {name: path for name, path in paths.items() if name in names} if names else paths or {"": student}
-            found += [(student.name, paths[name]) for name in sorted(paths)]
+    for student in sorted(path for path in submissions.iterdir() if path.is_dir() and not _rubbish(path.name)):
+        inside = {path: path.relative_to(student).parts for path in sorted(student.rglob("*.ipynb"))}
+        inside = {path: parts for path, parts in inside.items() if not any(map(_rubbish, parts))}
+        good = {path.stem: path for path, parts in inside.items() if len(parts) == 1}
+        good |= {path.stem: path for path, parts in inside.items() if len(parts) == 2 and parts[0] == path.stem}
+        others = [path for path in inside if path not in good.values()]
+        if names:
+            lacking = {_alike(name) for name in names if name not in good}
+            others = [path for path in (*good.values(), *others) if _alike(path.stem) in lacking]
+            mine = [good[name] for name in names if name in good] + others
+        else:
+            mine = [*good.values(), *(others if not good else [])] or [student]
+        found += [(student.name, path) for path in sorted(mine)]
     if not found:
         raise UsageError(f"nothing is handed in at {submissions}: it should hold STUDENT/NAME.ipynb")
     return found
+
+
+def called(path: Path, student: Path) -> str:
+    """The assignment that a file is called, or its path in its student's folder where it does not lie as it should."""
+    parts = path.relative_to(student).parts
+    return path.stem if parts in ((path.name,), (path.stem, path.name)) else str(path.relative_to(student))
 
 
 def taken(path: Path, submissions: Path, folder: Path, known: list[str]) -> tuple[str, str]:
     """The text of a submission, and a hash of it and of its tests; UsageError for what is no notebook of the course."""
     if path.is_dir():
         raise UsageError(f"nothing in it is named like an assignment ({', '.join(known)})")
-    if path.stem not in known:
-        raise UsageError(f"no assignment {path.stem!r} in the course{nearest(path.stem, known)}")
+    if (name := called(path, submissions / path.relative_to(submissions).parts[0])) not in known:
+        near = [each for each in known if _alike(each) == _alike(path.stem)]
+        told = f": if it is {near[0]}, call it {near[0]}.ipynb" if near else nearest(name, known)
+        raise UsageError(f"no assignment {name!r} in the course{told}")
     try:
         about = path.lstat()
         if not stat.S_ISREG(about.st_mode) or path.resolve() != submissions.resolve() / path.relative_to(submissions):

@@ -104,7 +104,7 @@ def _untrained(source: Source) -> StableDiffusionPipeline:
     parts = source.release.config if source.profile == "rehearsal" else {
         "vae": AutoencoderKL.load_config(folder / "vae"),
         "unet": UNet2DConditionModel.load_config(folder / "unet"),
-        "text": json.loads((folder / "text_encoder" / "config.json").read_text()),
+        "text": json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8")),
         "scheduler": DDIMScheduler.load_config(folder / "scheduler"),
     }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)

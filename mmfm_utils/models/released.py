@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from .. import root
+from .. import data, root
 
 
 @dataclass(frozen=True)
@@ -48,5 +48,4 @@ def _read(path: Path) -> dict[str, dict[str, Release]]:
     }
 
 
-# Part of the package, as the code that builds these architectures is: it does not follow $MMFM_ROOT.
-RELEASED = _read(Path(__file__).parents[2] / "data" / "models" / "released.yaml")
+RELEASED = _read(data("models/released.yaml"))

@@ -47,7 +47,7 @@ def read_card(name: str) -> dict:
     """
     path = folder() / name / "card.json"
     try:
-        card = json.loads(path.read_text())
+        card = json.loads(path.read_text(encoding="utf-8"))
         return {key: card[key] for key in CARD} | card
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
@@ -100,7 +100,7 @@ def _cached(family: str, name: str) -> tuple[Path, str]:
             )
         found.append(Path(path))
         if file.endswith(".index.json"):
-            files += sorted(set(json.loads(found[-1].read_text())["weight_map"].values()))
+            files += sorted(set(json.loads(found[-1].read_text(encoding="utf-8"))["weight_map"].values()))
     return found[0].parent, found[0].parent.name
 
 

@@ -105,8 +105,8 @@ def run(
 def kept(folder: Path, task: dict) -> dict | None:
     """The stored result of a task, if it was a success and nothing has changed since."""
     try:
-        old = json.loads((folder / f"{task['name']}.json").read_text())
-        old["executed"] = (folder / f"{task['name']}.ipynb").read_text()
+        old = json.loads((folder / f"{task['name']}.json").read_text(encoding="utf-8"))
+        old["executed"] = (folder / f"{task['name']}.ipynb").read_text(encoding="utf-8")
         return old if old["key"] == task["key"] and settle(old, task)["status"] == "ok" else None
     except (OSError, ValueError, KeyError):
         return None

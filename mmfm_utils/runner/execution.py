@@ -78,12 +78,12 @@ def _execute(nb, task: dict, folder: str) -> dict:
     except DeadKernelError:
         stopped = f"the kernel died ({how(client.exit_code)})"
     except Exception as error:  # the kernel did not start, or papermill itself failed
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         stopped = f"{type(error).__name__}: {first_line(error)} {first_line(*last)}".strip()
     finally:
         del RUNNING[task["name"]]
     records = Path(folder) / "records.json"
-    records = json.loads(records.read_text()) if records.exists() else {}
+    records = json.loads(records.read_text(encoding="utf-8")) if records.exists() else {}
     problems = [*client.complaints, *_check_run(nb, client.at, stopped, records, task)]
     nb.metadata.papermill = {"parameters": task["parameters"]}
     kept = {key: records[key] for key in ("rows", "metrics", "loaded", "device") if key in records}

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -137,7 +138,8 @@ def usual_jobs(profile: str, write: bool) -> int:
 def environment(folder: str, profile: str = "tiny", jobs: int = 1) -> dict:
     """What is set for every kernel: how many threads it may have, where its records go, nothing of the user's own."""
     share = 1 if profile == "tiny" else cores() // jobs  # more threads slow tiny models down
-    threads = max(1, min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
+    wanted = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))  # of a list the first, as OpenMP reads it
+    threads = max(1, min(share, int(wanted[1]) if wanted else share))
     pools = dict.fromkeys((f"{pool}_NUM_THREADS" for pool in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")), str(threads))
     path = filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
     fixed = {

@@ -43,7 +43,7 @@ def commit(task: dict, result: dict) -> list[str]:
     except UsageError as error:  # nothing is written then
         return [str(error)]
     path, known = root() / "data" / "expected" / f"{task['profile']}.json", findings.registry()
-    values = json.loads(path.read_text()) if path.exists() else {}
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     values = {id: value for id, value in values.items() if id in known and known[id].notebook != task["name"]}
     values |= {row["id"]: {"verdict": row["verdict"], "value": row["value"]} for row in result["rows"]}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ def last_seconds(task: dict, folder: Path) -> float | None:
     None where neither is known.
     """
     try:
-        last = json.loads((folder / f"{task['name']}.json").read_text())
+        last = json.loads((folder / f"{task['name']}.json").read_text(encoding="utf-8"))
         if last["status"] == "ok" and last["parameters"] == task["parameters"]:
             return last["seconds"]
     except (OSError, ValueError, KeyError, TypeError):

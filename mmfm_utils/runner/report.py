@@ -29,7 +29,7 @@ def stored(folder: Path) -> list[dict]:
     found = []
     for path in sorted(path for path in folder.glob("*.json") if path.name != "ledger.json"):
         try:
-            found += [result] if "status" in (result := json.loads(path.read_text())) else []
+            found += [result] if "status" in (result := json.loads(path.read_text(encoding="utf-8"))) else []
         except (ValueError, TypeError):
             say(f"{path} is damaged and left out: run its notebook again")
     return found
@@ -194,7 +194,7 @@ def changes(old, new) -> list[str]:
     for path in map(Path, (old, new)):
         path = path / "ledger.json" if path.is_dir() else path
         try:
-            ledgers.append({row["id"]: row for row in json.loads(path.read_text())})
+            ledgers.append({row["id"]: row for row in json.loads(path.read_text(encoding="utf-8"))})
         except (OSError, ValueError, KeyError, TypeError):
             raise UsageError(f"no ledger at {path}: give a ledger.json, or the folder that holds it") from None
     before, after = ledgers

@@ -1,5 +1,8 @@
 """What a request asks for: which notebooks, with which parameters and models, executed by whom."""
 
+import ast
+import math
+import re
 import tempfile
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -40,15 +43,33 @@ def parse_parameter(text: str, known: dict) -> tuple:
         raise UsageError(f"-p {text}: use --{name} {raw}")
     if name not in known:
         raise UsageError(f"-p {text}: no such parameter{nearest(name, known)}")
-    default = known[name]
     try:
-        value = raw if isinstance(default, str) else float(raw) if isinstance(default, float) else yaml.safe_load(raw)
-    except (ValueError, yaml.YAMLError):
-        value = raw
-    wanted = list if isinstance(default, tuple) else type(default)
-    if default is not None and type(value) is not wanted:
-        raise UsageError(f"-p {text}: {name} must be of type {wanted.__name__}, like its default {default!r}")
-    return name, value
+        return name, _typed(raw, known[name])
+    except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, yaml.YAMLError):
+        wanted = type(known[name]).__name__
+        raise UsageError(f"-p {text}: {name} must be of type {wanted}, like its default {known[name]!r}") from None
+
+
+def _typed(raw, default):
+    """A text, or what YAML's brackets made of one, with the type of a default. YAML guesses no type: 010 is 10."""
+    match default:
+        case bool():
+            return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}[raw.lower()]
+        case int():
+            return int(raw)
+        case float() if math.isfinite(value := float(raw)):
+            return value
+        case str():
+            return str(raw)
+        case None:
+            return ast.literal_eval(raw) if re.fullmatch(r"None|True|False|[-+]?[\d.]+(e[-+]?\d+)?", raw) else raw
+        case list() | tuple() | dict():
+            found = yaml.load(raw, yaml.BaseLoader) if isinstance(raw, str) else raw
+            if isinstance(default, dict) and isinstance(found, dict):
+                return {key: _typed(value, default.get(key)) for key, value in found.items()}
+            if not isinstance(default, dict) and isinstance(found, list):
+                return type(default)(_typed(value, (*default, None)[0]) for value in found)
+    raise ValueError(raw)
 
 
 def make_task(path: Path, given, profile: str, device: str, jobs: int, cell_timeout: int, exercises=None) -> dict:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageFont
 
-from .. import UsageError
+from .. import UsageError, data
 from .scene import Item, Scene
-from .tables import COLOURS, DATA, GROUNDS, OBJECTS
+from .tables import COLOURS, GROUNDS, OBJECTS
 
-SPRITES = DATA / "sprites"
+SPRITES = data("sprites")
 SHEET_COLUMNS = 8
 _NAMES = tuple(OBJECTS)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
-DATA = Path(__file__).parents[2] / "data"
-_TABLES = yaml.safe_load((DATA / "world.yaml").read_text(encoding="utf-8"))
+from .. import data
+
+_TABLES = yaml.safe_load(data("world.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
