@@ -152,7 +152,7 @@ def test_doctor_needs_no_slow_library(monkeypatch):
 
 
 def test_report_and_compare(world, capsys):
-    row = dict.fromkeys(runner.LEDGER) | {"id": "A1", "verdict": "reproduced", "value": 0.5}
+    row = dict.fromkeys(runner.LEDGER) | {"id": "A1", "notebook": "05_lens", "verdict": "reproduced", "value": 0.5}
     old, new = world / "old.json", world / "results/tiny/ledger.json"
     new.parent.mkdir(parents=True)
     old.write_text(json.dumps([row]))
