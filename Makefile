@@ -1,4 +1,5 @@
 # `make run`, `make test` and `make lab` set up .venv by themselves; nothing but Python 3.11+, make and git is needed.
+#   make run ARGS=00              a first look: run one notebook, print where the report is
 #   make run                      run every notebook, print where the report is
 #   make run ARGS="04 --resume"   the same, with arguments for `mmfm run`
 #   make test ARGS="-k scenes"    the tests, with arguments for pytest

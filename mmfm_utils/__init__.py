@@ -25,6 +25,11 @@ def root() -> Path:
     return Path(os.environ.get("MMFM_ROOT") or Path(__file__).resolve().parents[1])
 
 
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
 def data(name: str) -> Path:
     """A file or folder of data/: below `root()`, or else beside the package, where a clone has it.
 

@@ -5,16 +5,12 @@ wrong; 130 interrupted.
 """
 
 import argparse
-import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
-import psutil
-
-from . import UsageError, __version__, course, findings, models, root, runner
-from .runner.progress import say
+from . import UsageError, __version__, findings, machine, root, say
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +26,7 @@ def parser() -> Parser:
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("doctor", help="say what this machine can run", allow_abbrev=False)
-    command.set_defaults(call=doctor)
+    command.set_defaults(call=lambda args: machine.doctor())
 
     command = commands.add_parser("run", help="run notebooks, check them, build the report", allow_abbrev=False)
     command.add_argument("names", nargs="*", metavar="NAME", help="a name, the start of one, or a path; none: all")
@@ -74,7 +70,10 @@ def parser() -> Parser:
     return main
 
 
+# Each command imports what it needs: the runner takes seconds to import, and `mmfm doctor` does without it.
 def run(args) -> int:
+    from . import runner
+
     options = {key: value for key, value in vars(args).items() if key not in ("command", "call")}
     if options["jobs"] is None:
         options["jobs"] = runner.usual_jobs(args.profile, args.write)
@@ -82,6 +81,8 @@ def run(args) -> int:
 
 
 def report(args) -> int:
+    from . import runner
+
     if args.compare:
         say(f"Comparing {args.compare[0]} (old) with {args.compare[1]} (new); nothing is written")
         lines = runner.changes(*args.compare)
@@ -99,6 +100,8 @@ def report(args) -> int:
 
 
 def build(args) -> int:
+    from . import course
+
     say(f"Writing the course into {args.folder}")
     for path in course.build(args.folder, args.names):
         say(f"  {path}")
@@ -107,7 +110,8 @@ def build(args) -> int:
 
 
 def check(args) -> int:
-    from .course import exercises  # slow
+    from . import runner
+    from .course import exercises
 
     paths, bad = runner.select(args.names), 0
     say(f"Checking the exercises of {len(paths)} notebooks; nothing is written")
@@ -124,46 +128,10 @@ def check(args) -> int:
 
 
 def grade(args) -> int:
-    from . import grading  # slow
+    from . import grading
 
     limits = grading.Limits(args.cell_timeout, args.timeout, args.memory)
     return grading.grade(args.submissions, args.names, args.course, limits, not args.no_sandbox, args.again)
-
-
-def gpu() -> str:
-    """The name of the GPU that torch sees, or nothing. torch is slow to import: it is asked only where a driver is."""
-    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, and both under Windows
-    if not shutil.which("nvidia-smi") and not any(Path(driver).exists() for driver in drivers):
-        return ""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
-def doctor(args) -> int:
-    say("Checking this machine; nothing is written\n")
-    seen = gpu()
-    memory, disk = psutil.virtual_memory(), shutil.disk_usage(root())
-    lines = {
-        "device": f"cuda: {seen}" if seen else "cpu (torch sees no CUDA device)",
-        "cores": runner.cores(),
-        "memory": f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
-        "disk": f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free at {root()}",
-    }
-    for name, value in (lines | runner.versions()).items():
-        say(f"  {name:<16} {value}")
-    inventory = models.inventory()
-    line = "  {:<12} {:<10} {:<26} {:<11} {:>8}  {}"
-    say("\n" + line.format("family", "profile", "model", "state", "MB", "where, or what to do"))
-    for row in inventory:
-        size = f"{row['bytes'] / 1e6:.1f}"
-        say(line.format(row["family"], row["profile"], row["name"], row["state"], size, row["hint"] or row["path"]))
-    say("")
-    for path in sorted((root() / "notebooks").glob("*.ipynb")):
-        needs = runner.read(path).metadata.get("mmfm", {})
-        can = [p for p in needs.get("profiles", findings.PROFILES) if not runner.missing(needs, p, inventory)]
-        say(f"  {path.stem:<40} {'runs under ' + ', '.join(can) if can else 'cannot run: see the table above'}")
-    return 1 if any(row["profile"] == "tiny" and row["state"] != "intact" for row in inventory) else 0
 
 
 def main(argv: list[str] | None = None) -> int:

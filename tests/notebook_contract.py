@@ -16,8 +16,9 @@ from pathlib import Path
 
 import nbformat
 
-from mmfm_utils import UsageError, findings, runner
+from mmfm_utils import UsageError, collection, findings, runner
 from mmfm_utils.course.exercises import exercises, is_solution, is_test, place, python_of
+from mmfm_utils.runner.report import FIGURE_TEXT
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -39,7 +40,6 @@ SECTIONS = [
     ("The ledger", r"(the |this notebook's )?ledger\b"),
     ("References", r"references\b"),
 ]
-FIGURE_TEXT = re.compile(r"^\*Figure(?: \d+)?:\s+(.+?)\*\s*$", re.M | re.S)
 PICTURE_FILE = re.compile(r"\.(png|jpe?g|gif|svg|webp|bmp|tiff?)$", re.I)
 ROOTS = "home|root|tmp|usr|opt|mnt|srv|var|etc|private|Users|Volumes"
 ABSOLUTE_PATH = re.compile(rf"^(/[\w.~-]+/[\w./~-]*|/({ROOTS})\b.*|~(/.*)?|[A-Za-z]:[\\/].*)$")
@@ -47,6 +47,7 @@ MACHINE_PATH = re.compile(rf"(?<![\w./:-])/(?:{ROOTS})/[\w.-]+|{re.escape(str(RO
 SHELL = re.compile(r"\s*(!|%%|%(pip|conda|mamba|uv|sx|system|cd|run|load|env)\b)|.*=\s*!\w")
 NETWORK_MODULES = {"requests", "urllib", "urllib3", "httpx", "aiohttp", "http", "socket", "ftplib", "huggingface_hub"}
 NETWORK_CALLS = {"hf_hub_download", "snapshot_download", "urlopen", "urlretrieve", "load_state_dict_from_url", "wget"}
+READ_BY = {r"collection\.notebooks": "data/notebooks.yaml", r"findings\.registry": "data/findings.yaml"}
 PICTURE_READERS = {"imread", "read_image", "decode_image"}
 UNSAFE = re.compile(r"\b(pickle|cPickle|dill|joblib\.load|torch\.load|trust_remote_code|allow_pickle)\b")
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
@@ -366,6 +367,24 @@ def load_registry(path=None):
     return {key: finding.notebook for key, finding in findings.registry(path).items() if not finding.not_done}
 
 
+def check_table(nb, name, table=None):
+    """The notebook is as its line in data/notebooks.yaml says, and its stamp covers the data that its code reads."""
+    line = (collection.notebooks() if table is None else table).get(name)
+    if line is None or not line.here:
+        return [f"data/notebooks.yaml has no line that says that {name} is here"]
+    title, found = next((words for _, level, words in headings(nb) if level == 1), ""), []
+    if title != line.title:
+        found.append(f"its title is {title!r}, and {line.title!r} in data/notebooks.yaml")
+    families = nb.metadata.get("mmfm", {}).get("families", [])
+    if set(families) != set(line.families):
+        found.append(f"metadata.mmfm.families are {families}, and {list(line.families)} in data/notebooks.yaml")
+    code = "\n".join(cell.source for _, cell in code_cells(nb))
+    for read, file in READ_BY.items():
+        if re.search(rf"\b{read}\b", code) and file not in nb.metadata.get("mmfm", {}).get("reads", []):
+            found.append(f"`{read}` reads {file}: metadata.mmfm.reads must name it, so that the stamp covers it")
+    return found
+
+
 # ---- the committed outputs ---------------------------------------------------------------------------------------
 
 
@@ -440,10 +459,11 @@ CHECKS = (
 )  # fmt: skip
 
 
-def complaints(nb, name, path=None, registry=None):
+def complaints(nb, name, path=None, registry=None, table=None):
     """Everything that is wrong with a notebook, in plain words."""
     found = [complaint for check in CHECKS for complaint in check(nb)]
-    return found + check_exercises(nb, name) + check_findings(nb, name, registry) + check_size(nb, path)
+    found += check_table(nb, name, table) + check_exercises(nb, name) + check_findings(nb, name, registry)
+    return found + check_size(nb, path)
 
 
 def notebooks():

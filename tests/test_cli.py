@@ -136,9 +136,11 @@ def test_doctor(world, capsys, monkeypatch):
 
 
 def test_doctor_needs_no_slow_library(monkeypatch):
-    """It lists every embedded model, and asks torch only where there is a driver of a GPU."""
-    script = "import sys\nfrom mmfm_utils import cli\ncode, seen = cli.main(['doctor']), cli.gpu()\n"
-    script += "print(code, [n for n in ('torch', 'transformers', 'diffusers', 'open_clip') if n in sys.modules])"
+    """It lists every embedded model, imports no library that takes seconds, and asks torch only where there is a driver
+    of a GPU."""
+    slow = ("torch", "transformers", "diffusers", "open_clip", "papermill", "nbformat", "IPython", "nbgrader", "PIL")
+    script = "import sys\nfrom mmfm_utils import cli, machine\ncode, seen = cli.main(['doctor']), machine.gpu()\n"
+    script += f"print(code, [n for n in {slow} if n in sys.modules])"
     monkeypatch.setenv("PATH", "/nonexistent")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root())
     *lines, last = done.stdout.splitlines()
@@ -150,7 +152,7 @@ def test_doctor_needs_no_slow_library(monkeypatch):
 
 
 def test_report_and_compare(world, capsys):
-    row = dict.fromkeys(runner.LEDGER) | {"id": "A1", "verdict": "reproduced", "value": 0.5}
+    row = dict.fromkeys(runner.LEDGER) | {"id": "A1", "notebook": "05_lens", "verdict": "reproduced", "value": 0.5}
     old, new = world / "old.json", world / "results/tiny/ledger.json"
     new.parent.mkdir(parents=True)
     old.write_text(json.dumps([row]))

@@ -240,10 +240,10 @@ def test_released_architectures_go_through_the_same_code(name):
         (dict(family="contrastive", profile="hub", device="cpu"), "hf download laion/"),
         (dict(family="language", name="third"), "leave the name out or say 'half', 'first'"),
         (dict(family="language", profile="rehearsal", name="half"), "Qwen1.5-0.5B-Chat"),
-        (dict(family="generative", profile="hub", device="cpu"), "1728 MB.* hf download llava-hf/llava-interleave"),
+        (dict(family="generative", profile="hub", device="cpu"), "1728 MB.*hf download llava-hf/llava-interleave"),
         (
             dict(family="generative", profile="hub", device="cpu", name="llava-1.5-7b"),
-            r"14127 MB, licence Llama 2.* hf download llava-hf/llava-1.5-7b-hf .*--include '\*.safetensors'$",
+            r"14127 MB, licence Llama 2.*hf download llava-hf/llava-1.5-7b-hf .*--include '\*.safetensors'$",
         ),
         (dict(family="language", profile="hub", device="cpu", weights="random"), "hf download Qwen/Qwen1.5-0.5B-Chat"),
     ],
@@ -303,6 +303,17 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1
     path.write_bytes(content)
+
+
+def test_the_command_that_fetches_a_model_works_from_the_projects_root(tmp_path, monkeypatch):
+    release = models.RELEASED["contrastive"]["ViT-B-32"]
+    monkeypatch.setenv("MMFM_ROOT", str(tmp_path))
+    assert release.fetch.startswith("hf download laion/")  # an environment elsewhere: it is active, or on the path
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    assert release.fetch.startswith("hf download laion/")
+    (tmp_path / ".venv/bin/hf").write_text("")
+    assert release.fetch.startswith(".venv/bin/hf download laion/")
 
 
 def test_the_inventory_finds_what_is_shipped_intact():

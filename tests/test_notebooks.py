@@ -1,12 +1,14 @@
 """Every notebook keeps the contract, and every check of the contract catches what it is there for."""
 
+import dataclasses
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 from mmfm_utils import runner
 from tests import notebook_contract as contract
-from tests.toy_notebook import NAME, REGISTRY, SOLUTION_1, figure, solution, toy
+from tests.toy_notebook import NAME, REGISTRY, SOLUTION_1, TABLE, figure, solution, toy
 
 
 @pytest.mark.parametrize("path", contract.notebooks(), ids=lambda p: p.stem)
@@ -26,14 +28,14 @@ def test_every_finding_has_its_notebook():
 
 
 def stamped(nb):
-    nb.metadata["mmfm"] = {"stamp": runner.stamp(nb)}
+    nb.metadata["mmfm"] = nb.metadata.get("mmfm", {}) | {"stamp": runner.stamp(nb)}
     return nb
 
 
 def complaints(nb, name=NAME, stamp=True):
     if stamp:
         stamped(nb)
-    return contract.complaints(nb, name, registry=REGISTRY)
+    return contract.complaints(nb, name, registry=REGISTRY, table=TABLE)
 
 
 def code(number):
@@ -109,6 +111,10 @@ def larger(**size):
         code(5)(nb).outputs = [figure(**size)]
 
     return fault
+
+
+def other_family(nb):
+    nb.metadata["mmfm"] = {"families": ["language"]}
 
 
 def widget_state(nb):
@@ -187,6 +193,10 @@ FAULTS = {
     "remote code": (source(2, "load(trust_remote_code=True)"), "`trust_remote_code` can run foreign code"),
     "no title": (dropped(0), "the first cell must be Markdown"),
     "no claim": (words(0, "# Doubling\n\nIt works."), "below the title stands the claim"),
+    "other title": (words(0, f"# Halving\n\n{'word ' * 9}."), "its title is 'Halving', and 'The doubling of numbers'"),
+    "other families": (other_family, "metadata.mmfm.families are ['language'], and [] in data/notebooks.yaml"),
+    "unstamped table": (source(2, "collection.notebooks()"), "metadata.mmfm.reads must name it"),
+    "unstamped registry": (source(2, "findings.registry()"), "reads data/findings.yaml"),
     "no parameters heading": (dropped(1), "'Parameters' is missing"),
     "parameters before their heading": (parameters_first, "before the heading 'Parameters'"),
     "no set-up": (dropped(3), "'Set-up' is missing"),
@@ -280,6 +290,28 @@ def test_the_stamp():
     assert complaints(nb, stamp=False) == [runner.stale(nb)] != [""]
 
 
+def test_the_stamp_covers_the_data_that_a_notebook_reads(tmp_path, monkeypatch):
+    """The map of the tour shows the table of notebooks: it is out of date when a notebook is added there."""
+    monkeypatch.setenv("MMFM_ROOT", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    table, nb = tmp_path / "data" / "notebooks.yaml", toy()
+    table.write_text("[]")
+    nb.metadata["mmfm"] = {"reads": ["data/notebooks.yaml"]}
+    assert not runner.stale(stamped(nb))
+    table.write_text("[{}]")
+    assert runner.stale(nb).startswith("its data changed since it ran")
+    assert not runner.stale(stamped(nb))
+    table.unlink()
+    assert "its data changed" in runner.stale(nb)
+
+
+def test_a_notebook_needs_a_line_in_the_table():
+    missing = ["data/notebooks.yaml has no line that says that 01_toy is here"]
+    assert contract.check_table(toy(), NAME, {}) == missing
+    planned = {NAME: dataclasses.replace(TABLE[NAME], state="planned")}
+    assert contract.check_table(toy(), NAME, planned) == missing
+
+
 def test_the_place_of_a_cell():
     nb = toy()
     assert contract.place(nb, 0) == "the Markdown at the top"
@@ -298,7 +330,8 @@ def test_headings_in_fenced_code_do_not_count():
     assert contract.headings(nb) == [(0, 2, "A heading")]
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(contract.collection, "notebooks", lambda: TABLE)
     good, bad = tmp_path / f"{NAME}.ipynb", tmp_path / "02_bad.ipynb"
     nb = toy()
     nb.cells[12].source = nb.cells[12].source.replace("findings.judge", "print")  # the real registry knows no T1

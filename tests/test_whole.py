@@ -10,9 +10,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 from mmfm_utils import UsageError, findings, models, runner
 from mmfm_utils.course import exercises
+from mmfm_utils.runner import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -47,9 +49,35 @@ def test_every_committed_value_belongs_to_a_notebook_that_is_here():
     assert {known[id].notebook for id in committed} == {path.stem for path in NOTEBOOKS}
 
 
-def test_readme_names_every_notebook_that_is_here_and_no_other():
-    linked = re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\) .*\| here \|$", README, re.M)
+def test_readme_has_the_table_of_the_notebooks_and_their_minutes():
+    assert readme.filled(README) == README, "`mmfm run NAME --write` fills them in"
+    linked = re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\) .*\| \d+ \|$", README, re.M)
     assert linked == [path.stem for path in NOTEBOOKS]
+    assert re.search(r"<!--minutes of 00_tour-->\d+ minutes?<", README)
+    assert re.search(r"<!--minutes of all-->\d+ minutes<", README)
+
+
+def test_the_minutes_of_readme_come_from_the_notebooks(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMFM_ROOT", str(tmp_path))
+    for folder in ("data", "notebooks"):
+        (tmp_path / folder).mkdir()
+    line = {"branch": "b", "question": "q?", "families": ["contrastive", "language"]}
+    table = [line | {"name": f"0{n}_x", "state": "here", "title": "T"} for n in (0, 1)]
+    table += [line | {"name": "02_x", "state": "planned", "papers": []}]
+    (tmp_path / "data/notebooks.yaml").write_text(yaml.safe_dump(table))
+    for n, measured in enumerate(("20 s, 1.0 GB", "500 s, 1.0 GB")):
+        (tmp_path / f"notebooks/0{n}_x.ipynb").write_text(f"<!--measured-->{measured}<!--/measured-->")
+    places = [f"<!--minutes of {name}-->?<!--/minutes-->" for name in ("00_x", "all", "02_x")]
+    text = readme.filled("\n".join(["<!--notebooks-->", "<!--/notebooks-->", *places]))
+    assert "| [01_x](notebooks/01_x.ipynb) | q? | ● | | | ● | 8 |\n| 02_x | q? | ○ | | | ○ | planned |\n" in text
+    assert "<!--minutes of 00_x-->1 minute<" in text and "<!--minutes of all-->9 minutes<" in text
+    assert "<!--minutes of 02_x-->?<" in text  # it has never run
+
+
+def test_what_readme_calls_these_results():
+    assert "What is done here on embedded models is a *replication* of claims in another system." in " ".join(
+        README.split()
+    )
 
 
 def test_readme_gives_the_held_out_figures_of_the_card():

@@ -374,3 +374,28 @@ def test_the_report_is_self_contained_and_readable(browser, report, width):
         assert not page.evaluate(lost) and page.locator("a").count() > len(NOTEBOOKS)
         page.locator("a").first.click()
         assert page.evaluate("scrollY") > 0
+
+
+def test_the_filter_leaves_what_fits(browser, report):
+    known = findings.registry()
+    fits = [id for id, row in findings.expected("tiny").items() if row["verdict"] == "partly"]
+    fits = {id for id in fits if known[id].family == "generative"}
+    with opened(browser, report, 390, 800) as page:
+        everything = page.locator(".finding:visible").count()
+        for words in ("generative", "partly"):
+            page.locator("#filter label", has_text=words).click()
+        seen = page.evaluate("[...document.querySelectorAll('.finding:not([hidden])')].map(e => e.id)")
+        assert set(seen) == fits and f"{len(fits)} of {everything} shown" in page.locator("#filter").inner_text()
+        assert page.locator(".chip:visible").count() == len(fits)
+        for kind in ("family", "verdict"):
+            page.locator(f"fieldset:has(legend:text-is('{kind}')) label").first.click()
+        assert page.locator(".finding:visible").count() == everything
+
+
+def test_the_report_is_whole_without_javascript(browser, report):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(report.as_uri())
+    assert page.locator(".finding").count() == page.locator(".finding:visible").count() > len(NOTEBOOKS)
+    assert not page.locator("#filter").is_visible()
+    context.close()

@@ -7,8 +7,11 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+from mmfm_utils.collection import Notebook
+
 NAME = "01_toy"
 REGISTRY = {"T1": NAME, "Z9": "02_other"}
+TABLE = {NAME: Notebook(NAME, "toys", "", families=(), state="here", title="The doubling of numbers")}
 
 TITLE = """# The doubling of numbers
 

@@ -34,9 +34,8 @@ from nbgrader.preprocessors import (
 )
 from papermill.engines import NotebookExecutionManager
 
-from .. import UsageError, course, nearest, root, runner, write_atomic
+from .. import UsageError, course, nearest, root, runner, say, write_atomic
 from ..course.exercises import is_test
-from ..runner.progress import say
 from .kernel import Client, Kernel, Limits, clean, environment, error
 from .submissions import Kept, called, handed_in, restore, taken
 from .table import HEAD, TABLE, add, plain, points, read

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from .. import data
+from .. import data, root
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,13 @@ class Release:
         kinds = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
         whole = "model_type" in (self.config or {})  # a pipeline's repository has each part in several formats
         what = [f"--include '{kind}'" for kind in kinds] if whole else self.files
-        return f"hf download {self.repository} {' '.join(what)}"
+        return f"{_hf()} download {self.repository} {' '.join(what)}"
+
+
+def _hf() -> str:
+    """How to call `hf` from the project's root: by its path in the project's own .venv, which need not be active."""
+    own = Path(sys.executable).with_name("hf")
+    return str(own.relative_to(root())) if own.is_relative_to(root()) and own.exists() else "hf"
 
 
 def _read(path: Path) -> dict[str, dict[str, Release]]:

@@ -15,7 +15,7 @@ from .released import RELEASED, Release
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = ("contrastive", "language", "generative", "diffusion")
+FAMILIES = ("contrastive", "generative", "diffusion", "language")
 # The folders of each family's embedded models, by the name that picks them; "" is the one loaded without a name, and
 # "first" the first generation, which is still the only one of three families.
 EMBEDDED = {

@@ -7,13 +7,13 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 
-from .. import UsageError, findings, write_atomic
+from .. import UsageError, findings, say, write_atomic
 from .execution import RUNNING, blank, execute, how
 from .executors import make_executor
 from .kernel import LOG, Client, Kernel, cores, environment, resume_kernels, stop_kernels, usual_jobs
 from .notebook import check_source, code_cells, defaults, first_line, read
 from .outputs import commit, readme_pictures
-from .progress import Progress, last_seconds, say
+from .progress import Progress, last_seconds
 from .report import LEDGER, changes, show, stored
 from .stamps import stale, stamp, versions, weights_hash
 from .tasks import (

@@ -17,6 +17,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 
 from .. import findings
+from ..machine import cores
 from .notebook import errors, first_line
 
 LOG = logging.getLogger("mmfm.kernel")  # what nbclient says is said again, shorter, in the line of the notebook
@@ -130,10 +131,6 @@ def stop_kernels() -> None:
     _stop.set()
     for kernel in list(_kernels):
         _kill(kernel)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def usual_jobs(profile: str, write: bool) -> int:

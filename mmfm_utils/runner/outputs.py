@@ -1,4 +1,4 @@
-"""Write what a reference run made into the committed notebook, the expected values and README's pictures."""
+"""Write what a reference run made into the committed notebook, the expected values and README."""
 
 import base64
 import io
@@ -10,6 +10,7 @@ from PIL import Image
 
 from .. import UsageError, findings, root, write_atomic
 from .notebook import code_cells, tags
+from .readme import filled
 from .stamps import MEASURED, stamp
 
 LIMIT_KB = 500  # of a committed notebook
@@ -50,6 +51,8 @@ def commit(task: dict, result: dict) -> list[str]:
     write_atomic(Path(task["path"]), text)
     for path, picture in pictures.items():
         path.write_bytes(picture)
+    if (page := root() / "README.md").exists():
+        write_atomic(page, filled(page.read_text(encoding="utf-8")))
     return []
 
 

@@ -1,10 +1,11 @@
-"""Which notebooks are under way: a line on stderr when one begins, and two a minute that say how far they are."""
+"""Says on stderr what a run is doing: a line when a notebook starts, and twice a minute the cell that each is in."""
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
+
+from .stamps import measured
 
 EVERY = 30  # seconds between two lines
 
@@ -20,12 +21,7 @@ def last_seconds(task: dict, folder: Path) -> float | None:
             return last["seconds"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    measured = re.search(r"<!--measured-->(\d+) s", task["notebook"])
-    return float(measured[1]) if measured and task["compared"] else None
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
+    return measured(task["notebook"]) if task["compared"] else None
 
 
 class Progress:
@@ -40,8 +36,8 @@ class Progress:
         for name, client in sorted(running.items()):
             if name not in self.begun and name in left:
                 self.begun.add(name)
-                usual = f", {self.last[name]:.0f} s the last time" if self.last[name] else ""
-                lines.append(f"{name}: begins, {client.cells} cells{usual}")
+                usual = f"; it took {self.last[name]:.0f} s last time" if self.last[name] else ""
+                lines.append(f"{name}: starts, {client.cells} cells{usual}")
         if now - self.said >= EVERY and left:
             self.said, rest, parts = now, {name: self.last[name] for name in left}, []
             for name, client in sorted(running.items()):
@@ -49,10 +45,11 @@ class Progress:
                     spent = now - client.begun
                     rest[name] = max(0, rest[name] - spent) if rest[name] else None
                     about = f", about {rest[name]:.0f} s left" if rest[name] else ""
-                    parts.append(f"{name} in cell {client.cell} of {client.cells} after {spent:.0f} s{about}")
+                    parts.append(f"{name}: in cell {client.cell} of {client.cells} after {spent:.0f} s{about}")
             times = [0, *rest.values()]
             whole = 0 if None in times else max(*times, sum(times) / self.jobs)
             about = f", about {max(1, whole / 60):.0f} min" if whole else ""
-            lines.append("; ".join([*parts, f"{len(left)} notebooks to go{about}"]))
+            count = f"{len(left)} notebook{'s' * (len(left) > 1)} left{about}"
+            lines.append("; ".join([*parts, count]))
         for line in lines:
             print(f"  {line}", file=sys.stderr, flush=True)

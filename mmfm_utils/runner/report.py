@@ -1,17 +1,26 @@
 """The report: ledger.json, ledger.md and report.html of all the results in a folder."""
 
-import html
+import base64
+import io
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
-from .. import UsageError, findings, write_atomic
-from ..findings import COLOURS, shown
-from .notebook import read, tags
-from .progress import say
+from PIL import Image
 
-MARKS = dict(zip(findings.VERDICTS, "✓≈✗–", strict=True))  # of verdicts, for those who do not tell colours apart
+from .. import UsageError, collection, findings, say, write_atomic
+from ..collection import Notebook
+from ..findings import COLOURS, shown
+from ..models import FAMILIES
+from .notebook import read, tags
+
+NOT_DONE = "not done"  # of a finding that the registry keeps with the reason why it cannot be measured
+# {verdict: (sign, colour)}; the sign is for those who do not tell colours apart.
+VERDICTS = {v: (sign, COLOURS[v]) for v, sign in zip(findings.VERDICTS, "✓≈✗–", strict=True)}
+VERDICTS |= {NOT_DONE: ("∅", COLOURS["not judged"])}
+FIGURE_TEXT = re.compile(r"^\*Figure(?: \d+)?:\s+(.+?)\*\s*$", re.M | re.S)  # below a figure: what it shows, in words
+THUMBNAIL = 600  # pixels wide, twice what the page gives them, for screens with fine pixels
 LEDGER = tuple("id notebook claim value control interval n verdict rule seconds peak_mb why".split())
 
 
@@ -33,46 +42,127 @@ def show(folder: Path) -> Path | None:
     try:
         lines = [{k: row[k] for k in LEDGER} | _source(known.get(row["id"])) for row in rows]
         write_atomic(folder / "ledger.json", json.dumps(lines, indent=1))
-        write_atomic(folder / "ledger.md", _markdown(results, rows))
-        write_atomic(folder / "report.html", page(folder, results, rows))
+        context = _context(folder, results, rows, known)
+        for name in ("ledger.md", "report.html"):
+            write_atomic(folder / name, _rendered(f"{name}.jinja", context))
         return (folder / "report.html").resolve()
     except OSError as error:
         say(f"cannot write the report into {folder} ({error.strerror}): make room, then `mmfm report`")
 
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:12px;color:#222;background:#fff}
-table{border-collapse:collapse;width:100%}td,h3{overflow-wrap:anywhere}
-th,td{text-align:left;vertical-align:top;padding:4px 8px}
-tr{border-bottom:1px solid #ddd}a{white-space:nowrap}img{max-width:100%;margin:6px 0}
-@media(min-width:901px){td:first-child{white-space:nowrap}}
-@media(max-width:900px){tr:has(th){display:none}tr{display:block;padding:8px 0}td{display:block;padding:1px 0}
-td:empty{display:none}td::before{content:attr(data-h) ": ";color:#777}}"""
+def _rendered(template: str, context: dict) -> str:
+    """A template of templates/ filled in; in HTML all that is filled in is escaped."""
+    import jinja2  # here, because only the report needs it
+
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=lambda name: name.endswith(".html.jinja"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shown"] = shown
+    return environment.get_template(template).render(context)
 
 
-class _Html(str):
-    """Text that needs no escaping."""
+def _context(folder: Path, results: list[dict], rows: list[dict], known: dict) -> dict:
+    """What both templates are filled with."""
+    figures = {name: _figures(cells, name) for name, cells in _executed(folder, results).items()}
+    cards = [_card(row, known.get(row["id"]), figures.get(row["notebook"], [])) for row in rows]
+    cards += [_card(_unjudged(entry), entry, []) for entry in known.values() if entry.not_done]
+    families = list(dict.fromkeys((*FAMILIES, *filter(None, (card["family"] for card in cards)))))
+    count = Counter(card["verdict"] for card in cards)
+    return {
+        "profile": folder.name,
+        "results": results,
+        "cards": cards,
+        "families": families,
+        "present": {card["family"] for card in cards},
+        "verdicts": {verdict: (*VERDICTS[verdict], count[verdict]) for verdict in VERDICTS if count[verdict]},
+        "lessons": _lessons(results, cards, families),
+        "states": Counter(result["status"] for result in results),
+        "figures": {name: drawn for name, drawn in figures.items() if drawn},
+        "costs": [
+            [r["name"], r["status"], r["reason"], r["seconds"], round(r["peak_mb"]), r["device"]] for r in results
+        ],
+        "metrics": [[r["name"], m["name"], f"{shown(m['value'])} {m['unit']}"] for r in results for m in r["metrics"]],
+        "packages": results[-1]["versions"] if results else {},
+    }
 
 
-def _table(head: tuple, lines: list) -> str:
-    """An HTML table; nothing where there are no lines."""
-    if not lines:
-        return ""
-    body = ""
-    for line in lines:
-        cells = (cell if isinstance(cell, _Html) else html.escape(str(cell)) for cell in line)
-        body += "<tr>" + "".join(f'<td data-h="{h}">{cell}</td>' for h, cell in zip(head, cells)) + "</tr>"
-    return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{body}</table>"
+def _executed(folder: Path, results: list[dict]) -> dict[str, list]:
+    """{name: cells} of the executed notebooks in a folder, without the cells of the runner."""
+    paths = {result["name"]: folder / f"{result['name']}.ipynb" for result in results}
+    return {
+        name: [cell for cell in read(path).cells if "injected-parameters" not in tags(cell)]
+        for name, path in paths.items()
+        if path.exists()
+    }
 
 
-def _figures(cells: list, name: str) -> str:
-    """The PNGs of the cells tagged `figure` of a notebook, or all of its PNGs; each cell is a place to link to."""
-    cells = [(n, cell) for n, cell in enumerate((c for c in cells if c.cell_type == "code"), 1) if _pngs(cell)]
-    cells = [(n, cell) for n, cell in cells if "figure" in tags(cell)] or cells
-    image, found = '<img alt="{}, cell {}" src="data:image/png;base64,{}">', ""
-    for n, cell in cells:
-        drawn = (image.format(html.escape(name), n, png.replace("\n", "")) for png in _pngs(cell))
-        found += f'<div id="{html.escape(name)}-{n}">{"".join(drawn)}</div>'
+def _unjudged(entry) -> dict:
+    """The row of a finding that the registry keeps although it cannot be measured here."""
+    empty = dict.fromkeys(("value", "control", "interval", "n"))
+    row = {"id": entry.id, "notebook": entry.notebook, "claim": entry.claim, "verdict": NOT_DONE}
+    return row | empty | {"rule": "", "why": entry.not_done}
+
+
+def _card(row: dict, entry, figures: list[dict]) -> dict:
+    """A finding as the page tells it: its row, what the registry says of it, and the figure that shows it."""
+    figure = next((figure for figure in figures if row["id"] in figure["ids"]), None)
+    return row | _source(entry) | {"entry": entry, "family": entry.family if entry else "", "figure": figure,
+                                   "sign": VERDICTS[row["verdict"]][0], "numbers": _numbers(row)}  # fmt: skip
+
+
+def _numbers(row: dict) -> list[tuple]:
+    """(name, value, control, interval) for every name among them; the name of a number alone is empty."""
+    parts = [row[key] if isinstance(row[key], dict) else {"": row[key]} for key in ("value", "control", "interval")]
+    names = dict.fromkeys(name for part in parts for name, number in part.items() if number is not None)
+    return [(name, *(part.get(name) for part in parts)) for name in names]
+
+
+def _lessons(results: list[dict], cards: list[dict], families: list[str]) -> list[dict]:
+    """The lines of the map: the table of notebooks, and what else was run, with the findings of each by family."""
+    ran, lines = {result["name"]: result for result in results}, collection.notebooks()
+    lines |= {name: Notebook(name, name, "", (), "here", name) for name in ran if name not in lines}
+    found = []
+    for name, line in lines.items():
+        own = [card for card in cards if card["notebook"] == name]
+        by_family = {family: [card for card in own if card["family"] == family] for family in families}
+        found.append({"line": line, "result": ran.get(name), "cards": own, "by_family": by_family})
     return found
+
+
+def _figures(cells: list, name: str) -> list[dict]:
+    """The figures of a notebook: where each is on the page, its pictures, what it shows in words, whose findings."""
+    found, ids = [], {}
+    for id in re.findall(r'judge\(\s*"([^"]+)"', "\n".join(c.source for c in cells if c.cell_type == "code")):
+        ids.setdefault(_figure_of(cells, id), []).append(id)
+    code = [n for n, cell in enumerate(cells) if cell.cell_type == "code"]
+    for number, n in enumerate(code, 1):
+        if pngs := _pngs(cells[n]):
+            below = cells[n + 1].source if n + 1 < len(cells) else ""
+            words = FIGURE_TEXT.search(below)
+            found.append({
+                "anchor": f"{name}-{number}",
+                "cell": number,
+                "pictures": [_webp(png) for png in pngs],
+                "thumbnail": _webp(pngs[0], THUMBNAIL) if number in ids else "",
+                "words": " ".join(words[1].split()) if words else f"Figure of cell {number} of {name}",
+                "ids": ids.get(number, []),
+            })  # fmt: skip
+    return found
+
+
+def _webp(png: str, width: int | None = None) -> str:
+    """A PNG, base64, as a WebP that is half as large: as it was drawn, or small and at most so many pixels wide."""
+    picture, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA"), io.BytesIO()
+    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    if width:
+        flat.thumbnail((width, 10 * width))
+    flat.save(file, "WEBP", **({"quality": 75} if width else {"lossless": True, "quality": 20, "method": 1}))
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _pngs(cell) -> list[str]:
@@ -93,105 +183,9 @@ def _figure_of(cells: list, id: str) -> int | None:
     return None
 
 
-HEAD = ("id", "claim", "paper", "reported", "ours", "control", "interval", "verdict")
-
-
 def _source(entry) -> dict:
     """What the registry says of where a finding comes from."""
     return {"paper": entry.source() if entry else "", "reported": entry.told() if entry else ""}
-
-
-def _told(row: dict, entry) -> tuple:
-    """A finding as the report tells it, without its verdict."""
-    numbers = (shown(row[key]) for key in ("value", "control", "interval"))
-    return row["id"], row["claim"], *_source(entry).values(), *numbers
-
-
-COST = ("notebook", "status", "reason", "seconds", "peak MB", "device")
-
-
-def _cost(results: list[dict]) -> list[tuple]:
-    """How each notebook ran, and what it took."""
-    return [(r["name"], r["status"], r["reason"], f"{r['seconds']:.1f}", f"{r['peak_mb']:.0f}", r["device"])
-            for r in results]  # fmt: skip
-
-
-def _packages(results: list[dict]) -> list[tuple]:
-    """The environment: (package, version)."""
-    return list((results[-1]["versions"] if results else {}).items())
-
-
-def _markdown(results: list[dict], rows: list[dict]) -> str:
-    """The findings, the notebooks and the environment as Markdown tables."""
-    known = findings.registry()
-    tables = {
-        HEAD: [(*_told(row, known.get(row["id"])), row["verdict"]) for row in rows],
-        COST: _cost(results),
-        ("package", "version"): _packages(results),
-    }
-    text = []
-    for head, lines in tables.items():
-        cells = [[str(cell).replace("|", "\\|") for cell in line] for line in (head, ["---"] * len(head), *lines)]
-        text.append("".join(f"| {' | '.join(line)} |\n" for line in cells))
-    return "\n".join(text)
-
-
-def _map(rows: list[dict], known: dict) -> str:
-    """The branches of the taxonomy, one a line, and in the column of each family the verdicts, with links."""
-    families = dict.fromkeys(["contrastive", "generative", "diffusion", "language"])
-    families |= dict.fromkeys(known[row["id"]].family for row in rows if row["id"] in known)
-    link = '<a href="#{0}" style="color:{1}" title="{2}: {3}">{0}&nbsp;{4}</a> '
-    lines = []
-    for notebook in dict.fromkeys(row["notebook"] for row in rows):
-        cells = dict.fromkeys(families, "")
-        for row in rows:
-            if row["notebook"] == notebook and row["id"] in known:
-                told = (html.escape(row["id"]), COLOURS[row["verdict"]], row["verdict"], html.escape(row["claim"]))
-                told += (MARKS[row["verdict"]],)
-                cells[known[row["id"]].family] += link.format(*told)
-        lines.append((notebook, *map(_Html, cells.values())))
-    key = ", ".join(f'<b style="color:{COLOURS[v]}">{MARKS[v]} {v}</b>' for v in findings.VERDICTS)
-    return f"<p>{key}</p>" + _table(("notebook", *families), lines)
-
-
-def page(folder: Path, results: list[dict], rows: list[dict]) -> str:
-    """report.html: self-contained, and readable on a phone."""
-    known, count = findings.registry(), Counter(row["verdict"] for row in rows)
-    lines, title = [], f"Findings, profile {folder.name}"
-    paths = {r["name"]: folder / f"{r['name']}.ipynb" for r in results}
-    ran = {
-        name: [cell for cell in read(path).cells if "injected-parameters" not in tags(cell)]
-        for name, path in paths.items()
-        if path.exists()
-    }
-    for row in rows:
-        verdict = f'<b style="color:{COLOURS[row["verdict"]]}">{row["verdict"]}</b> {html.escape(row["why"])}'
-        figure = _figure_of(ran.get(row["notebook"], []), row["id"])
-        figure = figure and _Html(f'<a href="#{html.escape(row["notebook"])}-{figure}">see it</a>') or ""
-        id, *told = _told(row, known.get(row["id"]))
-        lines.append((_Html(f'<span id="{html.escape(id)}">{html.escape(id)}</span>'), *told, _Html(verdict), figure))
-    undone = [entry for entry in known.values() if entry.not_done]
-    lines += [(f.id, f.claim, f.source(), f.told(), "", "", "", f"not done: {f.not_done}", "") for f in undone]
-    numbers = [(r["name"], m["name"], f"{shown(m['value'])} {m['unit']}") for r in results for m in r["metrics"]]
-    drawn = [(name, _figures(cells, name)) for name, cells in ran.items()]
-    figures = "".join(f"<h3>{html.escape(name)}</h3>{pngs}" for name, pngs in drawn if pngs)
-    summary = ", ".join(f"{count[v]} {v}" for v in findings.VERDICTS if count[v]) or "none judged"
-    states = ", ".join(f"{n} {status}" for status, n in Counter(r["status"] for r in results).items())
-    parts = {
-        "Findings": _table((*HEAD, "figure"), lines),
-        "Notebooks": _table(COST, _cost(results)),
-        "Other numbers": _table(("notebook", "number", "value"), numbers),
-        "Figures": figures,
-        "Environment": _table(("package", "version"), _packages(results)),
-    }
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
-        f"<p>Findings: {summary}.<br>Notebooks: {states}.</p>"
-        + f'<h2 id="map">The map</h2>{_map(rows, known)}'
-        + "".join(f'<h2>{name} <a href="#map">↑</a></h2>{part}' for name, part in parts.items() if part)
-        + "</html>\n"
-    )
 
 
 def changes(old, new) -> list[str]:

@@ -1,33 +1,28 @@
 """Two hashes, kept apart.
 
-The *stamp* of a committed notebook covers its own cells and the weights that it loaded, so that an edit elsewhere does
-not outdate its outputs. The *key* of a result covers whatever could change it (that, all of mmfm_utils and data/, the
-parameters, the versions): `--resume` keeps a result only while the key is the same.
+The *stamp* of a committed notebook covers its own cells, the weights that it loaded and the data that its metadata says
+it reads (`mmfm: {reads: [data/notebooks.yaml]}`), so that an edit elsewhere does not outdate its outputs. The *key* of
+a result covers whatever could change it (that, all of mmfm_utils and data/, the parameters, the versions): `--resume`
+keeps a result only while the key is the same.
 """
 
 import hashlib
 import json
-import platform
 import re
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 from .. import root
+from ..machine import versions
 from .notebook import tags
 
-PACKAGES = "torch torchvision transformers diffusers open_clip_torch captum scikit-learn numpy matplotlib papermill"
 MEASURED = re.compile(r"(<!--measured-->).*?(<!--/measured-->)", re.S)  # `--write` puts seconds and memory between
 
 
-def versions() -> dict:
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES.split():
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
-    return found
+def measured(text: str) -> float | None:
+    """The seconds of the last reference run, out of the text of a notebook; None where there was none."""
+    found = re.search(r"<!--measured-->(\d+) s", text)
+    return float(found[1]) if found else None
 
 
 @cache
@@ -68,18 +63,26 @@ def weights_hash(nb) -> str:
     return _hash([[folder, _tree(models / folder, "*.safetensors")] for folder in folders])
 
 
+def data_of(nb) -> dict[str, str]:
+    """{file: hash} of the data that a notebook reads by itself, as its metadata say; files from the root."""
+    paths = [root() / name for name in nb.metadata.get("mmfm", {}).get("reads", [])]
+    return {str(path.relative_to(root())): _hash(_tree(path.parent, path.name)) for path in paths}
+
+
 def stamp(nb, loaded=(), profile: str = "tiny") -> dict:
     """What the outputs of a committed notebook were made from; loaded: the folders of the models that it opened."""
-    return {"source": source_hash(nb), "weights": weights_of(loaded), "profile": profile, "packages": versions()}
+    made_from = {"source": source_hash(nb), "weights": weights_of(loaded), "data": data_of(nb), "profile": profile}
+    return made_from | {"packages": versions()}
 
 
 def stale(nb) -> str:
     """Why the outputs of a committed notebook are out of date, or nothing."""
     old = nb.metadata.get("mmfm", {}).get("stamp", {})
+    old = old and {"data": {}} | old  # stamps from before notebooks could say what they read
     weights = old.get("weights", {})
     new = stamp(nb, weights if isinstance(weights, dict) else ())
     new |= {"weights": weights_hash(nb)} if isinstance(weights, str) else {}
-    changed = [name for name in ("source", "weights", "profile") if old.get(name) != new[name]]
+    changed = [name for name in ("source", "weights", "data", "profile") if old.get(name) != new[name]]
     what = f"its {' and '.join(changed)} changed since it ran" if old else "it carries no stamp"
     return f"{what}: make its outputs anew with `mmfm run NAME --write`" if changed else ""
 

@@ -10,10 +10,9 @@ import nbformat
 import yaml
 
 from .. import UsageError, findings, nearest, root
+from ..machine import missing
 from .notebook import check_source, defaults, read
 from .stamps import result_key
-
-READY = ("intact", "from config", "cached")  # of the states that models.inventory knows
 
 
 def select(names) -> list[Path]:
@@ -61,6 +60,8 @@ def _typed(raw, default):
             return value
         case str():
             return str(raw)
+        case None if raw == "":
+            return None
         case None:
             return ast.literal_eval(raw) if re.fullmatch(r"None|True|False|[-+]?[\d.]+(e[-+]?\d+)?", raw) else raw
         case list() | tuple() | dict():
@@ -103,15 +104,6 @@ def make_task(path: Path, given, profile: str, device: str, jobs: int, cell_time
         "jobs": jobs,
         "cell_timeout": cell_timeout,
     }
-
-
-def missing(needs: dict, profile: str, inventory: list[dict]) -> dict[str, str]:
-    """The families that a notebook needs under a profile and whose default model is not ready: {family: what to do}."""
-    hints = dict.fromkeys(needs.get("families", []), "there is none in this version")
-    for row in reversed(inventory):  # the first of a family is the default, so it has the last word
-        if row["profile"] == profile and row["family"] in needs.get("families", []):
-            hints[row["family"]] = "" if row["state"] in READY else row["hint"] or "see `mmfm doctor`"
-    return {family: hint for family, hint in hints.items() if hint}
 
 
 def check_models(tasks: list[dict]) -> None:
