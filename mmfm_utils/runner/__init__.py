@@ -64,8 +64,12 @@ def run(
     if unfit and names:
         raise UsageError(f"{unfit[0]['name']} runs under {', '.join(unfit[0]['profiles'])}, not under {profile}")
     folder = results_folder(results, profile)
-    check_models([task for task in tasks if task not in unfit])
     pool = make_executor(executor, jobs) if isinstance(executor, str) else executor
+    try:
+        check_models([task for task in tasks if task not in unfit])
+    except UsageError:
+        pool.shutdown()
+        raise
     tasks = [task for task in tasks if task not in unfit]
     where = getattr(pool, "where", f"on {executor}")
     say(f"Running {len(tasks)} notebooks, profile {profile}, device {device}, {where}; writing to {folder}")
