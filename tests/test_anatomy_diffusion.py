@@ -126,11 +126,15 @@ def test_latents_and_pictures_are_each_others_inverse_in_shape(opened):
 
 
 def test_what_it_does_not_know_is_said():
-    deep = pipeline(transformer_layers_per_block=2)
-    before = copy.deepcopy(deep.unet.attn_processors)
-    with pytest.raises(UsageError, match="several transformer layers"):
-        anatomy.of(deep)
-    assert {type(p) for p in deep.unet.attn_processors.values()} == {type(p) for p in before.values()}
+    other = pipeline()
+    other.unet.mid_block.attentions[0].transformer_blocks[0].attn2.rescale_output_factor = 2.0
+    before = copy.deepcopy(other.unet.attn_processors)
+    with pytest.raises(UsageError, match="not the plain one"):
+        anatomy.of(other)
+    assert {type(p) for p in other.unet.attn_processors.values()} == {type(p) for p in before.values()}
+    assert other.text_encoder.config._attn_implementation == "sdpa"
+    with pytest.raises(UsageError, match="does not know AutoencoderKL"):
+        anatomy.of(other.vae)
 
 
 PLACES = ["down.0.0", "down.0.1", "down.0.resample", "down.1.1", "mid.0", "mid.1", "up.0.0", "up.0.resample", "up.1.2"]

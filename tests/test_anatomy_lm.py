@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from mmfm_utils import UsageError, anatomy, hooks
 from mmfm_utils.anatomy import OpenProjection, blocked, restart
 from mmfm_utils.hooks import edit, record
-from tests.anatomy_families import FAMILIES, LANGUAGE, answer, clip_text, inputs, llama, relative, strengthen
+from tests.anatomy_families import FAMILIES, LANGUAGE, PICTURE, answer, clip_text, inputs, llama, relative, strengthen
 from tests.anatomy_families import TRANSFORMERS as MODELS
 
 
@@ -182,13 +182,12 @@ def test_a_model_that_shares_the_config_stays_as_it_was():
 
 
 def test_unknown_models():
-    with pytest.raises(UsageError, match="does not know GPT2Model; it knows .*LlamaForCausalLM.*CLIPTextModel"):
+    with pytest.raises(UsageError, match="does not know GPT2Model; it knows .*LlamaModel.*CLIPTextModel.*register"):
         anatomy.of(transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)))
     model = build("llava")
-    model.model.vision_tower = nn.Linear(2, 2)
-    model.model.vision_tower.config = None
-    with pytest.raises(UsageError, match="the tower Linear"):
-        anatomy.of(model)
+    model.model.vision_tower = transformers.ViTModel(transformers.ViTConfig(**PICTURE))
+    with pytest.raises(UsageError, match="the layers at model.vision_tower.* of Llava.*: register a Layout"):
+        anatomy.of(model)  # not the language model alone: an edit of "*" would miss half of it
     other = build("llama")
     other.model.layers[2].self_attn.o_proj = type("Int8Linear", (nn.Linear,), {})(48, 48, bias=False)
     with pytest.raises(UsageError, match="output projection of the kind Int8Linear"):
@@ -220,8 +219,8 @@ def test_site_names_and_shapes(models, name):
             shapes["logits"] = (2, tokens, 61)
         if site == "vision" and "siglip" not in name:
             shapes["final"] = (2, 1, width)  # CLS alone
-        if "projected" in name:
-            shapes["out"] = (2, 32)
+        if "projected" in name or name == "siglip vision":
+            shapes["out"] = (2, 32 if "projected" in name else width)
         expected |= {f"{site}.{place}": shape for place, shape in shapes.items()}
     if "llava" in name:
         expected |= dict.fromkeys(("projector", "projector.hidden"), (2, 17 if name == "llava full" else 16, 48))

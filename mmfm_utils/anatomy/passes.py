@@ -1,5 +1,6 @@
 """Parts of a forward pass: from a residual state on, and no further than wanted."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,9 +28,11 @@ def run_between(
     embedding of one blank picture is). Contexts that are open act at the sites in between, and at `T.embed` if `start`
     is -1. TransformerLens calls the two `start_at_layer` and `stop_at_layer` (and counts from the input of a layer).
 
-    `inputs` are what else the stack reads. "lm": `attention_mask` (batch, token), 0 at padding, and `keep`, the tokens
-    to unembed: so many of the last (0: all), or a tensor of indices. "text": `ids` (batch, token), needed where the
-    embedding is read at the end token, and in transformers `attention_mask`. "vision" takes nothing.
+    `inputs` are what else the stack reads. "lm": `attention_mask` (batch, token), 0 at padding, `keep`, the tokens to
+    unembed: so many of the last (0: all), or a tensor of indices, and `position_ids`, which Qwen2-VL needs, as those of
+    a picture are of three parts. "text": `ids` (batch, token), needed where the embedding is read at the end token, and
+    in transformers `attention_mask`. "vision" takes nothing; in Qwen2-VL `image_grid_thw`, as the model does. "dit"
+    takes `timestep`, `encoder_hidden_states` and others of the transformer's own.
 
     "unet" goes on from a place P (`"down.0.1"`, `"mid.0"`, `"up.1.resample"`; `"embed"` for `unet.embed`), to a place
     or to `unet.out`. Its skip connections read earlier places too, so `states` is {site: tensor} with what `unet.embed`
@@ -41,23 +44,23 @@ def run_between(
     language model reads an earlier layer of the vision tower, stop there.
 
     Raises `UsageError` for a tower or place that the model does not have, where `stop` is not behind `start`, without
-    the `ids` that are needed, and for states of a U-Net that are missing.
+    the inputs that are needed, and for states of a U-Net that are missing.
     """
     if tower not in anatomy.entries:
         raise UsageError(
             f"{type(anatomy.module).__name__} has no {tower!r} to run; it has {', '.join(anatomy.entries) or 'none'}"
         )
     end = next(site for site in (f"{tower}.logits", f"{tower}.out", f"{tower}.final") if site in anatomy.points)
-    if tower in anatomy.towers:
-        facts = anatomy.towers[tower]
-        last = facts.n_layers - 1
+    facts = anatomy.towers.get(tower)
+    last = sum(re.fullmatch(rf"{tower}\.\d+\.resid", site) is not None for site in anatomy.points) - 1
+    if last >= 0:
         if not -1 <= start <= last or (stop is not None and not start < stop <= last):
             raise UsageError(
                 f"run_between goes from a layer (-1 to {last}) to a later one, not from layer {start} to {stop}"
             )
         if stop is not None:
             end = f"{tower}.{stop}.resid"
-        elif end == "text.out" and facts.pool in ("argmax", "eos") and inputs.get("ids") is None:
+        elif end == f"{tower}.out" and facts and facts.pool in ("argmax", "eos") and inputs.get("ids") is None:
             raise UsageError("run_between needs the token ids here, to find the end token: pass ids=...")
     else:
         places = list(anatomy.points)
@@ -112,7 +115,7 @@ def stack_entry(
                 return (put(states), *args[1:]), kwargs
             return args, kwargs | {next(iter(kwargs)): put(states)}
 
-        blocks = anatomy.towers[tower].blocks
+        blocks = anatomy.module.get_submodule(anatomy.points[f"{tower}.embed"].module.rpartition(".")[0])
         kept = dict(blocks._modules)
         blocks._modules.update({str(i): _Passed(blocks[i]) for i in range(start + 1)})
         handle = blocks[0].register_forward_pre_hook(bring, prepend=True, with_kwargs=True)
@@ -131,4 +134,5 @@ def read_ids(
     """The `enter` of a text tower of transformers."""
     if ids is None:
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-    return model(input_ids=ids, attention_mask=attention_mask)
+    # a model of two towers has a way of its own to run one, and to project its states
+    return getattr(model, "get_text_features", model)(input_ids=ids, attention_mask=attention_mask)
