@@ -60,7 +60,7 @@ Attention runs through the library's own fused kernel, which never holds the pat
 what follows, as one kernel differs from another; an edit that changes nothing gives bit by bit what recording the same
 sites gives. Listening anywhere else changes no bit.
 
-A further family is a further builder: see `register`.
+A further architecture is a further layout: see `register`.
 """
 
 from collections.abc import Callable
@@ -84,6 +84,7 @@ __all__ = [
 # class -> its builder, or adapter and name: an adapter and its library are imported when their first model is opened.
 _BUILDERS: dict[str, Callable[[Any], Anatomy | None] | str] = {
     "diffusers.models.modeling_utils.ModelMixin": "diffusers.denoiser",
+    "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel": "diffusers.denoiser",
     "diffusers.pipelines.pipeline_utils.DiffusionPipeline": "diffusers.text_to_image",
     "open_clip.model.CLIP": "open_clip.contrastive",
     "open_clip.model.CustomTextCLIP": "open_clip.contrastive",
@@ -112,7 +113,8 @@ def of(model: Any) -> Anatomy:
         anatomy = builder(model) if builder else None
         if anatomy:
             return anatomy
-    known = ", ".join(name.rpartition(".")[2] for name in (*_BUILDERS, *LAYOUTS) if "_utils" not in name)
+    classes = [name for name in _BUILDERS if "_utils" not in name] + [name for name in LAYOUTS if LAYOUTS[name].tower]
+    known = ", ".join(name.rpartition(".")[2] for name in classes)
     raise UsageError(f"anatomy does not know {type(model).__name__}; it knows {known}, and what you `register`")
 
 
