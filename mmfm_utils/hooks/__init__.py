@@ -48,8 +48,8 @@ def record(
     reached more than once the last tensor stays, or with `every=True` the list of all (a sampler's steps).
 
     Recording never changes the result. The tensors are cut from the graph; with `grad=True` they are part of it (also
-    where all parameters are frozen), and after `loss.backward()` hold their gradient in `.grad`. Where a model with
-    gradient checkpointing is listened to inside attention, call `backward` inside the block: it runs the same way twice.
+    where all parameters are frozen), and after `loss.backward()` hold their gradient in `.grad`. With gradient
+    checkpointing, call `backward` inside the block, so that attention runs the same way twice.
 
     With `stop` the forward pass, and with it the `with` block, ends as soon as each site was reached once: nothing
     behind the last of them is computed. What reads the tensors stands after the block.
