@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from .. import UsageError, scenes, texts
+from .. import UsageError, hooks, scenes, texts
 from .language import Writer, batches, first, parts_of
 from .store import IMAGE, Source
 
@@ -116,7 +116,7 @@ def _places(drawn: Drawn, prompt: str) -> int:
 def _shown(drawn: Drawn, prompts: Sequence[str] | str, batch: int) -> Iterator[tuple[Drawn, list[str]]]:
     """Batches of prompts with the pictures that belong to them."""
     begin = 0
-    for part in batches(_asked(drawn, prompts), batch):
+    for part in hooks.runs(batches(_asked(drawn, prompts), batch)):
         end = begin + sum(_places(drawn, prompt) for prompt in part)
         yield (None if drawn is None else drawn[begin:end]), part
         begin = end
