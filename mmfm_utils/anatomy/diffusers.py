@@ -5,15 +5,26 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from torch import Tensor, nn
 
 from mmfm_utils import UsageError
 from mmfm_utils.anatomy import of
 from mmfm_utils.anatomy.attention import ATTENTION_SITES, OpenProjection, expose, heard, step_by_step, through
 from mmfm_utils.anatomy.passes import read_ids, stack_entry
-from mmfm_utils.anatomy.tower import Anatomy, require
+from mmfm_utils.anatomy.tower import Anatomy, require, require_own
 from mmfm_utils.hooks import Point
+
+# The blocks that `_unet_places` can read.
+_BLOCKS = {
+    "DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "UNetMidBlock2D", "UNetMidBlock2DCrossAttn",
+    "UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D",
+}  # fmt: skip
 
 
 def text_to_image(pipeline: Any) -> Anatomy:
@@ -36,7 +47,7 @@ def text_to_image(pipeline: Any) -> Anatomy:
             if not isinstance(attention.processor, _OpenProcessor):
                 expose(attention, *ATTENTION_SITES)
                 OpenProjection.open(attention.to_out[0], attention.heads)
-                attention.set_processor(_OpenProcessor(AttnProcessor2_0()))
+                attention.set_processor(_OpenProcessor(attention.processor))
             points |= {f"{site}.{name}.{part}": Point(f"{path}.{part}") for part in ATTENTION_SITES}
             points |= {f"{site}.{name}.heads": Point(f"{path}.to_out.0.heads"), f"{site}.{name}": Point(path)}
         points |= {
@@ -99,10 +110,11 @@ class _Given(nn.Module):
 def _unet_places(unet: nn.Module) -> list[tuple[str, str, str | None]]:
     """(site, path of the convolutions, path of the transformer or None), in the order of the forward pass."""
     blocks = [*((f"down.{i}", f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks))]
-    blocks += [("mid", "mid_block", unet.mid_block)]
+    blocks += [("mid", "mid_block", unet.mid_block)] if unet.mid_block is not None else []  # small ones have none
     blocks += [*((f"up.{i}", f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks))]
     places = []
     for name, path, block in blocks:
+        require(type(block).__name__ in _BLOCKS, f"a U-Net with a {type(block).__name__}")
         transformers = getattr(block, "attentions", ())
         for i in range(len(block.resnets)):
             transformer = f"{path}.attentions.{i}" if i < len(transformers) else None
@@ -114,12 +126,21 @@ def _unet_places(unet: nn.Module) -> list[tuple[str, str, str | None]]:
 
 
 def _check_unet(transformer: nn.Module) -> None:
+    kind = type(transformer).__name__
+    require(kind == "Transformer2DModel", f"a U-Net with a {kind}")
     require(len(transformer.transformer_blocks) == 1, "a U-Net with several transformer layers in one place")
     block = transformer.transformer_blocks[0]
+    require(
+        not block.only_cross_attention and getattr(block.attn2, "is_cross_attention", False),
+        "a U-Net without self-attention",
+    )
     for attention in (block.attn1, block.attn2):
         kinds = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj", "residual_connection")
         plain = not any(getattr(attention, kind, None) for kind in kinds) and attention.rescale_output_factor == 1
-        require(plain and isinstance(attention.to_out[0], nn.Linear), "a U-Net whose attention is not the plain one")
+        require(plain, "a U-Net whose attention is not the plain one")
+        require_own(attention.to_out[0], "an output projection", nn.Linear, OpenProjection)
+        processor = type(attention.processor)
+        require(processor in _PROCESSORS, f"the attention processor {processor.__name__}")
 
 
 class _OpenProcessor:
@@ -149,3 +170,7 @@ class _OpenProcessor:
         else:
             z = attn.z(F.scaled_dot_product_attention(q, k, v, attention_mask).transpose(1, 2))
         return attn.to_out[1](attn.to_out[0](z.flatten(2)))
+
+
+# They compute the same function, each in its way.
+_PROCESSORS = (_OpenProcessor, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from mmfm_utils.anatomy.attention import ATTENTION_SITES, OpenProjection, expose, heard, step_by_step, through
 from mmfm_utils.anatomy.passes import read_ids, stack_entry
-from mmfm_utils.anatomy.tower import Anatomy, Layout, Tower, layer_points, require
+from mmfm_utils.anatomy.tower import Anatomy, Layout, Tower, layer_points, require, require_own
 from mmfm_utils.hooks import Point
 
 _QKV = dict(attention="self_attn", mlp="mlp", q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj")
@@ -18,9 +18,25 @@ _CLIP = Layout(**_QKV, attn="self_attn.out_proj", o="self_attn.out_proj", up="ml
 _LLAMA = Layout(
     **_QKV, attn="self_attn.o_proj", o="self_attn.o_proj", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"
 )
-# How to find a tensor, and put it back, where it has other axes than its site.
-_ONE_TOKEN = (lambda x: x[:, None], lambda _raw, x: x[:, 0])
 _NAME = "mmfm_open"  # the opened attention in transformers' registry and in a model's config
+# The ways to compute attention that give what "sdpa" gives.
+_KNOWN = (_NAME, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+
+
+class _Projection(OpenProjection):
+    """A class of this module, so that unpickling an opened model elsewhere registers its attention there."""
+
+
+def _one_token(x: Tensor) -> Tensor:
+    return x[:, None]
+
+
+def _put_one_token(_raw: Tensor, x: Tensor) -> Tensor:
+    return x[:, 0]
+
+
+# How to find a tensor, and put it back, where it has other axes than its site.
+_ONE_TOKEN = (_one_token, _put_one_token)
 
 
 def language_model(model: nn.Module) -> Anatomy:
@@ -102,15 +118,14 @@ def _opened(model: nn.Module, points: dict[str, Point], towers: dict[str, Tower]
     """
     layers = [(block, tower) for tower in towers.values() for block in tower.blocks]
     for block, tower in layers:
-        kind = type(block.get_submodule(tower.layout.o))
-        require(kind in (nn.Linear, OpenProjection), f"an output projection of the kind {kind.__name__}")
-    AttentionInterface.register(_NAME, partial(_attend, AttentionInterface()["sdpa"]))
-    AttentionMaskInterface.register(_NAME, partial(_may_attend, AttentionMaskInterface()["sdpa"]))
+        require_own(block.get_submodule(tower.layout.o), "an output projection", nn.Linear, _Projection)
+        way = block.self_attn.config._attn_implementation
+        require(way in _KNOWN, f"attention as {way!r} computes it")
     model.set_attn_implementation(_NAME)
     for block, tower in layers:
         if "pattern" not in block.self_attn._modules:
             expose(block.self_attn, *ATTENTION_SITES)
-            OpenProjection.open(block.get_submodule(tower.layout.o), tower.n_heads)
+            _Projection.open(block.get_submodule(tower.layout.o), tower.n_heads)
     ways = {"lm": _go_on, "text": read_ids, "vision": _look}
     entries = {name: stack_entry(name, path, ways[name]) for name, path in paths.items()}
     return Anatomy(model, points, towers, entries)
@@ -150,3 +165,7 @@ def _may_attend(usual: Callable[..., Any], *args: Any, **options: Any) -> Tensor
         return None
     itself = torch.eye(*mask.shape[-2:], dtype=torch.bool, device=mask.device)
     return mask | (itself & ~mask.any(-1, keepdim=True))
+
+
+AttentionInterface.register(_NAME, partial(_attend, AttentionInterface()["sdpa"]))
+AttentionMaskInterface.register(_NAME, partial(_may_attend, AttentionMaskInterface()["sdpa"]))
