@@ -276,6 +276,16 @@ def predict(pipeline: StableDiffusionPipeline) -> torch.Tensor:
     return pipeline.unet(latents(), TIMES, pipeline.text_encoder(PROMPTS).last_hidden_state).sample
 
 
+def text_to_image(places: tuple[str, ...], **unet: Any) -> Family:
+    return Family(
+        lambda: pipeline(**unet),
+        predict,
+        ("text.1", *places),
+        ("text.embed", "text.final", "unet.embed", "unet.down.0.resample", "unet.up.0.resample", "unet.out"),
+        {"unet": dict(timestep=TIMES)},
+    )
+
+
 FAMILIES = {
     "open_clip": contrastive(),
     "open_clip custom text": contrastive(lambda: clip(kind=open_clip.CustomTextCLIP)),
@@ -285,11 +295,6 @@ FAMILIES = {
         lambda: clip().visual, lambda model: model(pictures()), ("vision.1",), ("vision.embed", "vision.final")
     ),
     **{name: of_transformers(name, make) for name, make in TRANSFORMERS.items()},
-    "stable diffusion": Family(
-        pipeline,
-        predict,
-        ("text.1", "unet.mid.0", "unet.up.1.0"),
-        ("text.embed", "text.final", "unet.embed", "unet.down.0.resample", "unet.up.0.resample", "unet.out"),
-        {"unet": dict(timestep=TIMES)},
-    ),  # fmt: skip
+    "stable diffusion": text_to_image(("unet.mid.0", "unet.up.1.0")),
+    "stable diffusion, no middle": text_to_image(("unet.up.1.0",), mid_block_type=None),
 }
