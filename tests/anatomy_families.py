@@ -412,7 +412,9 @@ def predict_xl(pipeline: StableDiffusionXLPipeline) -> torch.Tensor:
 
 def pixart() -> PixArtSigmaPipeline:
     """A transformer for a denoiser, with gates on what its layers add, and a text encoder that is not known."""
-    text = transformers.T5Config(vocab_size=400, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4)
+    text = transformers.T5Config(
+        vocab_size=400, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
     return PixArtSigmaPipeline(**parts(), text_encoder=transformers.T5EncoderModel(text), transformer=dit())
 
 
@@ -436,6 +438,16 @@ def predict(pipeline: StableDiffusionPipeline) -> torch.Tensor:
     return pipeline.unet(latents(), TIMES, pipeline.text_encoder(PROMPTS).last_hidden_state).sample
 
 
+def text_to_image(places: tuple[str, ...], **unet: Any) -> Family:
+    return Family(
+        lambda: pipeline(**unet),
+        predict,
+        ("text.1", *places),
+        ("text.embed", "text.final", "unet.embed", "unet.down.0.resample", "unet.up.0.resample", "unet.out"),
+        {"unet": dict(timestep=TIMES)},
+    )
+
+
 FAMILIES = {
     "open_clip": contrastive(),
     "open_clip custom text": contrastive(lambda: clip(kind=open_clip.CustomTextCLIP)),
@@ -446,13 +458,8 @@ FAMILIES = {
     ),
     **{name: of_transformers(name, make) for name, make in TRANSFORMERS.items()},
     **FURTHER,
-    "stable diffusion": Family(
-        pipeline,
-        predict,
-        ("text.1", "unet.mid.0", "unet.up.1.0"),
-        ("text.embed", "text.final", "unet.embed", "unet.down.0.resample", "unet.up.0.resample", "unet.out"),
-        {"unet": dict(timestep=TIMES)},
-    ),
+    "stable diffusion": text_to_image(("unet.mid.0", "unet.up.1.0")),
+    "stable diffusion, no middle": text_to_image(("unet.up.1.0",), mid_block_type=None),
     "sdxl": Family(
         sdxl,
         predict_xl,

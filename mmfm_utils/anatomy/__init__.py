@@ -69,7 +69,7 @@ from typing import Any
 
 from mmfm_utils import UsageError
 from mmfm_utils.anatomy.attention import ATTENTION_SITES, OpenProjection
-from mmfm_utils.anatomy.interventions import blocked, conditional
+from mmfm_utils.anatomy.interventions import blocked, conditional, painting
 from mmfm_utils.anatomy.layouts import LAYOUTS, name_of
 from mmfm_utils.anatomy.open_clip import OpenAttention
 from mmfm_utils.anatomy.passes import restart, run_between
@@ -78,7 +78,8 @@ from mmfm_utils.anatomy.tower import Anatomy, Layout, Tower, layer_points
 
 __all__ = [
     "ATTENTION_SITES", "Anatomy", "Layout", "OpenAttention", "OpenProjection", "Spans", "Tower", "blocked",
-    "conditional", "layer_points", "of", "patch_tokens", "register", "restart", "run_between", "spans", "word_span",
+    "conditional", "layer_points", "of", "painting", "patch_tokens", "register", "restart", "run_between", "spans",
+    "word_span",
 ]  # fmt: skip
 
 # class -> its builder, or adapter and name: an adapter and its library are imported when their first model is opened.

@@ -6,7 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from torch import Tensor, nn
 
 from mmfm_utils import UsageError
@@ -14,8 +19,14 @@ from mmfm_utils.anatomy import of
 from mmfm_utils.anatomy.attention import ATTENTION_SITES, OpenProjection, expose, heard, step_by_step, through
 from mmfm_utils.anatomy.layouts import layout_of, stacks_of
 from mmfm_utils.anatomy.passes import read_ids, stack_entry
-from mmfm_utils.anatomy.tower import Anatomy, Layout, require
+from mmfm_utils.anatomy.tower import Anatomy, Layout, require, require_own
 from mmfm_utils.hooks import Point
+
+# The blocks that `_unet_places` can read.
+_BLOCKS = {
+    "DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "UNetMidBlock2D", "UNetMidBlock2DCrossAttn",
+    "UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D",
+}  # fmt: skip
 
 _TEXTS = {"text_encoder": "text", "text_encoder_2": "text_2", "text_encoder_3": "text_3"}
 
@@ -34,7 +45,7 @@ class _Plan:
             if not isinstance(attention.processor, _OpenProcessor):
                 expose(attention, *ATTENTION_SITES)
                 OpenProjection.open(attention.to_out[0], attention.heads)
-                attention.set_processor(_OpenProcessor(AttnProcessor2_0()))
+                attention.set_processor(_OpenProcessor(attention.processor))
 
 
 def text_to_image(pipeline: Any) -> Anatomy | None:
@@ -104,6 +115,9 @@ def _plan_transformer(model: nn.Module, prefix: str, layout: Layout) -> _Plan:
 
 def _plan_block(plan: _Plan, site: str, prefix: str, path: str, model: nn.Module, layout: Layout) -> None:
     """Self-attention, cross-attention and MLP of the block at a path below the model."""
+    block = model.get_submodule(path)
+    crosses = getattr(block.get_submodule(layout.cross), "is_cross_attention", False)
+    require(crosses and not block.only_cross_attention, "a denoiser without self-attention")
     for name, inside in (("self", layout.attention), ("cross", layout.cross)):
         attention, at = model.get_submodule(f"{path}.{inside}"), f"{prefix}{path}.{inside}"
         _check_attention(attention)
@@ -170,10 +184,11 @@ class _Given(nn.Module):
 def _unet_places(unet: nn.Module) -> list[tuple[str, str, str | None]]:
     """(site, path of the convolutions, path of the transformer or None), in the order of the forward pass."""
     blocks = [*((f"down.{i}", f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks))]
-    blocks += [("mid", "mid_block", unet.mid_block)]
+    blocks += [("mid", "mid_block", unet.mid_block)] if unet.mid_block is not None else []  # small ones have none
     blocks += [*((f"up.{i}", f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks))]
     places = []
     for name, path, block in blocks:
+        require(type(block).__name__ in _BLOCKS, f"a U-Net with a {type(block).__name__}")
         transformers = getattr(block, "attentions", ())
         for i in range(len(block.resnets)):
             transformer = f"{path}.attentions.{i}" if i < len(transformers) else None
@@ -187,7 +202,10 @@ def _unet_places(unet: nn.Module) -> list[tuple[str, str, str | None]]:
 def _check_attention(attention: nn.Module) -> None:
     kinds = ("spatial_norm", "group_norm", "norm_cross", "norm_q", "norm_k", "add_k_proj", "residual_connection")
     plain = not any(getattr(attention, kind, None) for kind in kinds) and attention.rescale_output_factor == 1
-    require(plain and isinstance(attention.to_out[0], nn.Linear), "a denoiser whose attention is not the plain one")
+    require(plain, "a denoiser whose attention is not the plain one")
+    require_own(attention.to_out[0], "an output projection", nn.Linear, OpenProjection)
+    processor = type(attention.processor)
+    require(processor in _PROCESSORS, f"the attention processor {processor.__name__}")
 
 
 class _OpenProcessor:
@@ -217,3 +235,7 @@ class _OpenProcessor:
         else:
             z = attn.z(F.scaled_dot_product_attention(q, k, v, attention_mask).transpose(1, 2))
         return attn.to_out[1](attn.to_out[0](z.flatten(2)))
+
+
+# They compute the same function, each in its way.
+_PROCESSORS = (_OpenProcessor, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)

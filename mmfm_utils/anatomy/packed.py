@@ -5,7 +5,8 @@ nobody attends to but the padding itself, and whose edits are lost.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def _lengths(stack: nn.Module, raw: Tensor) -> list[int]:
 class ToRows:
     """`get` of a `Point` in such a stack."""
 
-    stack: nn.Module
+    stack: nn.Module = field(compare=False)
 
     def __call__(self, raw: Tensor) -> Tensor:
         return rows(raw, _lengths(self.stack, raw))
@@ -51,7 +52,7 @@ class ToRows:
 class FromRows:
     """`put` of a `Point` in such a stack."""
 
-    stack: nn.Module
+    stack: nn.Module = field(compare=False)
 
     def __call__(self, raw: Tensor, x: Tensor) -> Tensor:
         return packed(x, _lengths(self.stack, raw))
@@ -102,17 +103,18 @@ def may_attend(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 def packed_entry(path: str, sizes_name: str) -> Callable[..., Any]:
     """The entry (see `Anatomy`) of the stack at `path`: it needs the pictures' sizes again."""
+    return partial(_run, stack_entry("vision", path, partial(_enter, sizes_name)))
 
-    def enter(stack: nn.Module, states: Tensor, sizes: Tensor) -> Any:
-        config = stack.config
-        blank = states.new_zeros(len(states), config.in_channels * config.temporal_patch_size * config.patch_size**2)
-        return stack(blank, **{sizes_name: sizes})
 
-    run = stack_entry("vision", path, enter)
+def _run(
+    run: Callable[..., Any], anatomy: Anatomy, states: Tensor, start: int, image_grid_thw: Tensor | None = None
+) -> Any:
+    if image_grid_thw is None:
+        raise UsageError("run_between needs image_grid_thw=... here: frames, rows and columns of each picture")
+    return run(anatomy, packed(states, lengths_of(image_grid_thw)), start, sizes=image_grid_thw)
 
-    def entry(anatomy: Anatomy, states: Tensor, start: int, image_grid_thw: Tensor | None = None) -> Any:
-        if image_grid_thw is None:
-            raise UsageError("run_between needs image_grid_thw=... here: frames, rows and columns of each picture")
-        return run(anatomy, packed(states, lengths_of(image_grid_thw)), start, sizes=image_grid_thw)
 
-    return entry
+def _enter(sizes_name: str, stack: nn.Module, states: Tensor, sizes: Tensor) -> Any:
+    config = stack.config
+    blank = states.new_zeros(len(states), config.in_channels * config.temporal_patch_size * config.patch_size**2)
+    return stack(blank, **{sizes_name: sizes})

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from mmfm_utils import UsageError
 from mmfm_utils.anatomy.tower import Anatomy
 from mmfm_utils.hooks import until
+from mmfm_utils.hooks.attach import runs_again
 
 
 def run_between(
@@ -44,7 +46,7 @@ def run_between(
     language model reads an earlier layer of the vision tower, stop there.
 
     Raises `UsageError` for a tower or place that the model does not have, where `stop` is not behind `start`, without
-    the inputs that are needed, and for states of a U-Net that are missing.
+    the inputs that are needed, for states of a U-Net that are missing, and from -1 under gradient checkpointing.
     """
     if tower not in anatomy.entries:
         raise UsageError(
@@ -101,31 +103,41 @@ class _Passed(nn.Module):
         return states
 
 
+def as_given(states: Tensor) -> Tensor:
+    return states
+
+
 def stack_entry(
-    tower: str, path: str, enter: Callable[..., Any], put: Callable[[Tensor], Tensor] = lambda states: states
+    tower: str, path: str, enter: Callable[..., Any], put: Callable[[Tensor], Tensor] = as_given
 ) -> Callable[..., Any]:
     """The entry (see `Anatomy`) of a stack of layers. `enter(module, states, **inputs)` runs the library's own forward
     pass, which makes masks and positions, of the module at `path` on any input of the right shape; there the layers up
-    to `start` are passed over, and the states come in, in the layers' own axes after `put`.
+    to `start` are passed over, and the states come in, in the layers' own axes after `put`. All four can be pickled if
+    the two functions are named ones.
     """
+    return partial(_run, tower, path, enter, put)
 
-    def run(anatomy: Anatomy, states: Tensor, start: int, **inputs: Any) -> Any:
-        def bring(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if args:
-                return (put(states), *args[1:]), kwargs
-            return args, kwargs | {next(iter(kwargs)): put(states)}
 
-        blocks = anatomy.module.get_submodule(anatomy.points[f"{tower}.embed"].module.rpartition(".")[0])
-        kept = dict(blocks._modules)
-        blocks._modules.update({str(i): _Passed(blocks[i]) for i in range(start + 1)})
-        handle = blocks[0].register_forward_pre_hook(bring, prepend=True, with_kwargs=True)
-        try:
-            return enter(anatomy.module.get_submodule(path), states, **inputs)
-        finally:
-            handle.remove()
-            blocks._modules.update(kept)
+def _run(
+    tower: str, path: str, enter: Callable[..., Any], put: Callable[[Tensor], Tensor],
+    anatomy: Anatomy, states: Tensor, start: int, **inputs: Any,
+) -> Any:  # fmt: skip
+    def bring(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if start < 0 and runs_again():  # in backward it would run on what it was given itself
+            raise UsageError("run_between goes from -1 without gradient checkpointing only: switch that off")
+        if args:
+            return (put(states), *args[1:]), kwargs
+        return args, kwargs | {next(iter(kwargs)): put(states)}
 
-    return run
+    blocks = anatomy.module.get_submodule(anatomy.points[f"{tower}.embed"].module.rpartition(".")[0])
+    kept = dict(blocks._modules)
+    blocks._modules.update({str(i): _Passed(blocks[i]) for i in range(start + 1)})
+    handle = blocks[0].register_forward_pre_hook(bring, prepend=True, with_kwargs=True)
+    try:
+        return enter(anatomy.module.get_submodule(path), states, **inputs)
+    finally:
+        handle.remove()
+        blocks._modules.update(kept)
 
 
 def read_ids(

@@ -1,5 +1,6 @@
 """Which tokens are which: patches that an object covers, words of a text, parts of a prompt with a picture."""
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,19 @@ def _find(text: str, word: str, occurrence: int) -> tuple[int, int]:
         wanted = f" (wanted: occurrence {occurrence})" if places else ""
         raise UsageError(f"{word!r} is {times} in {text!r}{wanted}")
     return places[occurrence].span()
+
+
+def _offsets(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Where the characters of each token begin and end, given the text of no token, of the first, the first two ...
+
+    This tells them in any tokenizer. A text may end within a character (in one that splits them into bytes) and does
+    not agree with the whole one then: the character belongs to all the tokens that it takes.
+    """
+    agreed = [len(os.path.commonprefix([text, texts[-1]])) for text in texts]
+    ends = [end if end == len(text) else None for end, text in zip(agreed, texts)]
+    for i in reversed(range(len(ends) - 1)):
+        ends[i] = ends[i + 1] if ends[i] is None else ends[i]
+    return list(zip(agreed, ends[1:]))
 
 
 def _overlap(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> slice:
@@ -131,9 +145,8 @@ def spans(
     start = image.stop if n else next(i for i, token in enumerate(ids) if token not in special)
     where = None
     if subject is not None:
-        # how far the text of the first tokens reaches tells which characters a token brings, in any tokenizer
-        ends = [len(tokenizer.decode(ids[start:stop])) for stop in range(start, len(ids) + 1)]
-        span = _overlap(list(zip(ends, ends[1:])), *_find(tokenizer.decode(ids[start:]), subject, -1))
+        texts = [tokenizer.decode(ids[start:stop]) for stop in range(start, len(ids) + 1)]
+        span = _overlap(_offsets(texts), *_find(texts[-1], subject, -1))
         where = slice(start + span.start, start + span.stop)
     objects = tuple(map(torch.cat, objects))
     return Spans(image, objects, torch.cat(free), slice(start, len(ids) - 1), where, len(ids) - 1)

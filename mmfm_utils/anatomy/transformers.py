@@ -15,10 +15,16 @@ from mmfm_utils.anatomy.attention import ATTENTION_SITES, OpenProjection, expose
 from mmfm_utils.anatomy.layouts import stacks_of
 from mmfm_utils.anatomy.packed import FromRows, ToRows, each, may_attend, packed, packed_entry, rows, unpack
 from mmfm_utils.anatomy.passes import read_ids, stack_entry
-from mmfm_utils.anatomy.tower import Anatomy, Layout, Tower, layer_points, require
+from mmfm_utils.anatomy.tower import Anatomy, Layout, Tower, layer_points, require, require_own
 from mmfm_utils.hooks import Point
 
 _NAME = "mmfm_open"  # the opened attention in transformers' registry and in a model's config
+# The ways to compute attention that give what "sdpa" gives.
+_KNOWN = (_NAME, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+
+
+class _Projection(OpenProjection):
+    """A class of this module, so that unpickling an opened model elsewhere registers its attention there."""
 
 
 def made_of_stacks(model: nn.Module) -> Anatomy | None:
@@ -112,17 +118,17 @@ def _tower(stack: nn.Module, layout: Layout, out: nn.Module | None) -> Tower:
 def _open(model: nn.Module, stacks: list[tuple[nn.Module, Tower]]) -> None:
     """Opens attention: its layers get the places, the config the way through them."""
     layers = [(block, tower) for _, tower in stacks for block in tower.blocks]
+    for stack, _ in stacks:
+        way = stack.config._attn_implementation
+        require(way in _KNOWN, f"attention as {way!r} computes it")
     for block, tower in layers:
-        kind = type(block.get_submodule(tower.layout.o))
-        require(kind in (nn.Linear, OpenProjection), f"an output projection of the kind {kind.__name__}")
-    AttentionInterface.register(_NAME, partial(_attend, AttentionInterface()["sdpa"]))
-    AttentionMaskInterface.register(_NAME, partial(_may_attend, AttentionMaskInterface()["sdpa"]))
+        require_own(block.get_submodule(tower.layout.o), "an output projection", nn.Linear, _Projection)
     model.set_attn_implementation(_NAME)
     for block, tower in layers:
         attention = block.get_submodule(tower.layout.attention)
         if "pattern" not in attention._modules:
             expose(attention, *ATTENTION_SITES)
-            OpenProjection.open(block.get_submodule(tower.layout.o), tower.n_heads)
+            _Projection.open(block.get_submodule(tower.layout.o), tower.n_heads)
     for stack, tower in stacks:
         if tower.layout.packed:
             unpack(stack, [block.get_submodule(tower.layout.attention) for block in tower.blocks], tower.layout.packed)
@@ -180,3 +186,7 @@ def _may_attend(usual: Callable[..., Any], *args: Any, **options: Any) -> Tensor
         return None
     itself = torch.eye(*mask.shape[-2:], dtype=torch.bool, device=mask.device)
     return mask | (itself & ~mask.any(-1, keepdim=True))
+
+
+AttentionInterface.register(_NAME, partial(_attend, AttentionInterface()["sdpa"]))
+AttentionMaskInterface.register(_NAME, partial(_may_attend, AttentionMaskInterface()["sdpa"]))

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers.image_processing_utils import select_best_resolution
 
-from .. import UsageError, anatomy, scenes, texts
+from .. import UsageError, anatomy, hooks, scenes, texts
 from .language import Writer, batches, first, parts_of
 from .store import IMAGE, Source
 
@@ -137,7 +137,7 @@ def _places(drawn: Drawn, prompt: str) -> int:
 def _shown(drawn: Drawn, prompts: Sequence[str] | str, batch: int) -> Iterator[tuple[Drawn, list[str]]]:
     """Batches of prompts with the pictures that belong to them."""
     begin = 0
-    for part in batches(_asked(drawn, prompts), batch):
+    for part in hooks.runs(batches(_asked(drawn, prompts), batch)):
         end = begin + sum(_places(drawn, prompt) for prompt in part)
         yield (None if drawn is None else drawn[begin:end]), part
         begin = end
