@@ -99,8 +99,8 @@ def of(model: Any) -> Anatomy:
     and SigLIP's towers, the language models Llama, Mistral and Qwen2, and `LlavaForConditionalGeneration` made of them;
     of diffusers `StableDiffusionPipeline`, whose `module` is then a dictionary of its text encoder, U-Net and decoder.
     In transformers the config says how attention is computed, so it now names the opened way; other models that share
-    it are computed as before. Raises `UsageError` for a class or variant that it does not know, and then leaves the
-    model as it was.
+    it are computed as before. Raises `UsageError` for a class or variant that it does not know, and where somebody has
+    replaced what it would replace (an attention processor, a `forward`), and then leaves the model as it was.
     """
     for cls in type(model).__mro__:
         builder = _BUILDERS.get(f"{cls.__module__}.{cls.__qualname__}")
