@@ -103,8 +103,8 @@ def of(model: Any) -> Anatomy:
     knows `UNet2DConditionModel` and `PixArtTransformer2DModel`, and pipelines of them; a pipeline's `module` is a
     dictionary of its text encoders, denoiser and decoder, and a text encoder that is not known (T5) has no sites.
     In transformers the config says how attention is computed, so it now names the opened way; other models that share
-    it are computed as before. Raises `UsageError` for a class or variant that it does not know, and then leaves the
-    model as it was.
+    it are computed as before. Raises `UsageError` for a class or variant that it does not know, and where somebody has
+    replaced what it would replace (an attention processor, a `forward`), and then leaves the model as it was.
     """
     for cls in type(model).__mro__:
         builder = _BUILDERS.get(name_of(cls))
