@@ -1,6 +1,8 @@
 """What holds for the anatomy of every family, each at a small size with random weights (tests/anatomy_families.py)."""
 
 import copy
+import io
+import pickle
 from functools import cache
 
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 from mmfm_utils import UsageError, anatomy, hooks
 from mmfm_utils.anatomy.attention import heads_of
 from mmfm_utils.hooks import edit, record
-from tests.anatomy_families import FAMILIES, relative
+from tests.anatomy_families import FAMILIES, parts_of, relative
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.parametrize("name", FAMILIES)
 
 
 def modules(model):
-    return model if isinstance(model, nn.Module) else nn.ModuleList([model.text_encoder, model.unet, model.vae])
+    return model if isinstance(model, nn.Module) else nn.ModuleList(parts_of(model))
 
 
 # ---- opening changes nothing ----
@@ -77,6 +79,30 @@ def test_a_copy_is_its_own_model(name):
         assert torch.equal(family.run(twin), plain)
 
 
+def test_an_opened_model_is_saved_whole(name):
+    """As `torch.save` and worker processes do it: the model, the anatomy, and the two as one."""
+    plain, opened = made(name)[1], FAMILIES[name].opened()  # which has not run: transformers leaves hooks in LLaVA
+    file = io.BytesIO()
+    torch.save(opened.model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    site = f"{opened.family.inner[-1]}.resid"
+    with torch.no_grad():
+        assert torch.equal(opened.family.run(again), plain)
+        with edit(anatomy.of(again), {site: torch.zeros_like}):
+            assert not torch.equal(opened.family.run(again), plain)
+    alone = pickle.loads(pickle.dumps(opened.anatomy))
+    assert alone.points == opened.anatomy.points and alone.towers.keys() == opened.anatomy.towers.keys()
+    model, whole = pickle.loads(pickle.dumps((opened.model, opened.anatomy)))
+    with torch.no_grad(), record(whole, "*") as seen:
+        opened.family.run(model)
+    assert set(seen) == set(opened.anatomy.points)
+    for tower in whole.towers:
+        states, given = seen[f"{tower}.0.resid"], opened.family.inputs.get(tower, {})
+        parts = [anatomy.run_between(each, tower, states, 0, 1, **given) for each in (whole, opened.anatomy)]
+        assert torch.equal(*parts)
+
+
 # ---- the places and what they hold ----
 
 
@@ -97,10 +123,10 @@ def test_residual_stream_and_output(name):
         final, kept = facts.ln_final(last), seen[f"{tower}.final"]
         assert torch.allclose(final[:, : kept.shape[1]], kept, atol=1e-5)
         for end in (f"{tower}.out", f"{tower}.logits"):
-            if end in seen:
+            if end in seen and facts.proj is not None:
                 ids = opened.family.inputs.get(tower, {}).get("ids")
                 read = final if end == "lm.logits" else facts.pooled(final, ids)
-                assert relative(read @ facts.projection, seen[end]) < 1e-5
+                assert relative(read @ facts.projection + facts.projection_bias, seen[end]) < 1e-5
 
 
 def test_attention_adds_up(name):
@@ -215,7 +241,7 @@ def test_gradients_do_not_depend_on_who_listens(name):
     """Fused, around the kernel, with the heads, step by step: other paths through the graph, the same gradients."""
     opened, _, _ = made(name)
     inner, whole = opened.family.inner[-1], modules(opened.model)
-    block = f"{inner}.cross" if f"{inner}.cross" in opened.anatomy.points else f"{inner}.attn"
+    block = hooks.resolve(opened.anatomy, f"{inner}.*heads")[-1].removesuffix(".heads")
     parameters = [p for n, p in whole.named_parameters() if "vae" not in n and not n.endswith("bias")]
     weights = torch.randn(opened.run().shape, generator=torch.Generator().manual_seed(4))
     found = []
@@ -229,6 +255,40 @@ def test_gradients_do_not_depend_on_who_listens(name):
         for one, other in zip(found[0], others, strict=True):
             assert (one is None) == (other is None)
             assert one is None or torch.allclose(one, other, rtol=1e-3, atol=1e-4 * one.abs().max().item() + 1e-7)
+
+
+def checkpointed(model):
+    """A copy of which backward runs the layers again."""
+    twin = copy.deepcopy(model)
+    for part in modules(twin).train().modules():
+        for way in ("activation_checkpointing_enable", "enable_gradient_checkpointing", "set_grad_checkpointing"):
+            if hasattr(part, way):
+                getattr(part, way)()
+    return twin
+
+
+def test_gradient_checkpointing(name):
+    """What is listened to has the gradient that it has without; an edit, which backward would not know, is refused."""
+    opened, plain, _ = made(name)
+    inner = opened.family.inner[-1]
+    heads, mlps = (hooks.resolve(opened.anatomy, f"{inner}.{end}") for end in ("*heads", "*mlp"))
+    sites = [heads[-1].removesuffix(".heads"), mlps[-1]]
+    weights = torch.randn(plain.shape, generator=torch.Generator().manual_seed(4))
+    twin, found = checkpointed(opened.model), []
+    for model in (opened.model, twin):
+        with record(anatomy.of(model), sites, grad=True, every=True) as seen:
+            (opened.family.run(model) * weights).sum().backward()
+        assert all(len(tensors) == 1 for tensors in seen.values())  # what backward runs again is no pass
+        found.append([seen[site][0].grad for site in sites])
+        modules(model).zero_grad()
+    for one, other in zip(*found):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * one.abs().max().item())
+    for site in sites:
+        with edit(anatomy.of(twin), {site: torch.zeros_like}):
+            with pytest.raises(UsageError, match=f"{site} is in a layer that backward runs again"):
+                opened.family.run(twin)
+            with torch.no_grad():
+                assert not torch.equal(opened.family.run(twin), plain)
 
 
 # ---- parts of a pass ----
@@ -276,6 +336,29 @@ def test_run_between_is_the_whole_pass(name):
     with pytest.raises(UsageError, match="has no 'audio'"):
         between(opened.anatomy, "audio", plain, 0)
     assert torch.equal(opened.run(), plain)
+
+
+def test_run_between_under_gradient_checkpointing(name):
+    """The gradients that it has without, or an error: backward knows nothing of the states that came in."""
+    opened, _, seen = made(name)
+    twin = anatomy.of(checkpointed(opened.model))
+    for tower in opened.anatomy.towers:
+        for start, site in ((-1, f"{tower}.embed"), (0, f"{tower}.0.resid")):
+            found = []
+            for each in (opened.anatomy, twin):
+                each.module.zero_grad()
+                states = (1.5 * seen[site]).requires_grad_()
+                facts, given = each.towers[tower], opened.family.inputs.get(tower, {})
+                try:
+                    anatomy.run_between(each, tower, states, start, **given).square().sum().backward()
+                except UsageError as error:
+                    assert each is twin and start == -1 and "without gradient checkpointing" in str(error)
+                    continue
+                found.append((states.grad, facts.blocks[1].get_submodule(facts.layout.down).weight.grad))
+                if start == -1:
+                    found[-1] += (facts.blocks[0].get_submodule(facts.layout.down).weight.grad,)
+            for one, other in zip(found[0], found[-1]):
+                assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * one.abs().max().item())
 
 
 def test_until_ends_a_pass_of_the_model(name):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0, SlicedAttnProcessor
 
 from mmfm_utils import UsageError, anatomy, hooks, models
 from mmfm_utils.hooks import edit, record
@@ -101,14 +102,42 @@ def test_steps_are_passes_and_halves_are_told_apart(opened):
     with edit(opened.anatomy, {"unet.mid.0.cross": anatomy.conditional(note)}, passes=range(1, 3)):
         assert (opened.paint(["a red dog", "a bus"], steps=4) == plain).all()
     assert steps == [2, 2]  # two of four steps, two of four rows
+    with edit(opened.anatomy, {"unet.mid.0.cross": anatomy.conditional(note)}, passes=[0]):
+        opened.paint(["a red dog", "a bus", "a cat"], steps=4, batch=2)
+    assert steps[2:] == [2, 1]  # the first step of each batch
     with edit(opened.anatomy, {"unet.*.cross": anatomy.conditional(lambda x, site: 0 * x)}):
         changed = opened.paint(["a red dog", "a bus"], steps=4)
     assert not (changed == plain).all()
 
 
-def test_conditional_leaves_the_other_half(opened):
-    x = torch.arange(8.0).view(4, 2)
-    assert torch.equal(anatomy.conditional(torch.zeros_like)(x), torch.tensor([[0.0, 1], [2, 3], [0, 0], [0, 0]]))
+def test_conditional_leaves_the_other_half():
+    x, change = torch.arange(8.0).view(4, 2), anatomy.conditional(torch.zeros_like)
+    with anatomy.painting(2):
+        assert torch.equal(change(x), torch.tensor([[0.0, 1], [2, 3], [0, 0], [0, 0]]))
+    with anatomy.painting(4):  # without guidance there is no other half
+        assert not change(x).any()
+    for n in (1, 3, 5):
+        with pytest.raises(UsageError, match="which of 4 rows"), anatomy.painting(n):
+            change(x)
+    with pytest.raises(UsageError, match="use Diffusion.paint"):
+        change(x)
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0, 0.0])
+@pytest.mark.parametrize("n, batch", [(4, 32), (3, 2), (1, 32)])
+def test_conditional_acts_on_every_picture(opened, guidance, n, batch):
+    prompts = ["a red dog", "a blue cat", "a bus", "a tree"][:n]
+    read = opened.encode(prompts)
+    for given in (prompts, read):
+        plain = opened.paint(given, steps=2, guidance=guidance, batch=batch)
+        with edit(opened.anatomy, {"unet.*.cross": anatomy.conditional(torch.zeros_like)}):
+            changed = opened.paint(given, steps=2, guidance=guidance, batch=batch)
+        assert [(a != b).any() for a, b in zip(changed, plain)] == [True] * n
+    with edit(opened.anatomy, {"text.final": anatomy.conditional(lambda x: x.flip(1))}):
+        changed = opened.paint(prompts, steps=2, guidance=guidance, batch=batch)
+        with pytest.raises(UsageError, match="which of 1 rows"):  # the empty prompt alone
+            opened.paint(read, steps=2, guidance=guidance, batch=batch)
+    assert (changed == opened.paint(read.flip(1), steps=2, guidance=guidance, batch=batch)).all()
 
 
 def test_an_edit_whose_passes_never_come_is_an_error(opened):
@@ -126,11 +155,78 @@ def test_latents_and_pictures_are_each_others_inverse_in_shape(opened):
 
 
 def test_what_it_does_not_know_is_said():
-    deep = pipeline(transformer_layers_per_block=2)
-    before = copy.deepcopy(deep.unet.attn_processors)
-    with pytest.raises(UsageError, match="several transformer layers"):
-        anatomy.of(deep)
-    assert {type(p) for p in deep.unet.attn_processors.values()} == {type(p) for p in before.values()}
+    other = pipeline()
+    other.unet.mid_block.attentions[0].transformer_blocks[0].attn2.rescale_output_factor = 2.0
+    before = copy.deepcopy(other.unet.attn_processors)
+    with pytest.raises(UsageError, match="not the plain one"):
+        anatomy.of(other)
+    assert {type(p) for p in other.unet.attn_processors.values()} == {type(p) for p in before.values()}
+    assert other.text_encoder.config._attn_implementation == "sdpa"
+    with pytest.raises(UsageError, match="does not know AutoencoderKL"):
+        anatomy.of(other.vae)
+
+
+SIMPLE = ("SimpleCrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "SimpleCrossAttnUpBlock2D")
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        (dict(dual_cross_attention=True), "a DualTransformer2DModel"),
+        (dict(down_block_types=SIMPLE[0], up_block_types=SIMPLE[1]), "a SimpleCrossAttnDownBlock2D"),
+        (dict(mid_block_type="UNetMidBlock2DSimpleCrossAttn"), "a UNetMidBlock2DSimpleCrossAttn"),
+        (dict(down_block_types=("CrossAttnDownBlock2D", "AttnDownBlock2D")), "a AttnDownBlock2D"),
+        (dict(only_cross_attention=True), "without self-attention"),
+    ],
+)
+def test_unets_of_another_make_are_refused(shape, message):
+    pipe = pipeline(**shape)
+    before = [type(module) for module in pipe.unet.modules()]
+    with pytest.raises(UsageError, match=message):
+        anatomy.of(pipe)
+    assert [type(module) for module in pipe.unet.modules()] == before
+
+
+@pytest.mark.parametrize("shape", [dict(layers_per_block=1), dict(mid_block_type="UNetMidBlock2D")])
+def test_unets_of_fewer_parts_are_opened(shape, inputs):
+    pipe = pipeline(**shape)
+    pipe.unet.eval()
+    with torch.no_grad():
+        before = pipe.unet(*inputs).sample
+        with record(anatomy.of(pipe), "unet.*") as seen:
+            assert relative(pipe.unet(*inputs).sample, before) < 1e-5
+    assert "unet.mid.0.res" in seen
+
+
+class Muted(AttnProcessor2_0):
+    """Somebody's own: cross-attention at half strength."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **more):
+        out = super().__call__(attn, hidden_states, encoder_hidden_states=encoder_hidden_states, **more)
+        return out if encoder_hidden_states is None else out / 2
+
+
+def test_attention_of_somebody_s_own_is_not_replaced(inputs):
+    for make in (lambda attn: Muted(), lambda attn: IPAdapterAttnProcessor2_0(attn.to_q.in_features, 24)):
+        pipe = pipeline()
+        attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+        mine = make(attention)
+        attention.set_processor(mine)
+        with pytest.raises(UsageError, match=f"the attention processor {type(mine).__name__}"):
+            anatomy.of(pipe)
+        assert attention.processor is mine and not hasattr(attention, "pattern")
+    pipe = pipeline()
+    pipe.unet.eval().set_attn_processor(SlicedAttnProcessor(2))  # the same function, computed in slices
+    with torch.no_grad():
+        before = pipe.unet(*inputs).sample
+        anatomy.of(pipe)
+        assert torch.equal(pipe.unet(*inputs).sample, before)
+    late = pipeline()
+    opened = anatomy.of(late)
+    late.unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(Muted())
+    with pytest.raises(UsageError, match="in vain at unet.mid.0.cross.pattern"), torch.no_grad():
+        with edit(opened, {"unet.*.cross.pattern": torch.zeros_like}):
+            late.unet(*inputs)
 
 
 PLACES = ["down.0.0", "down.0.1", "down.0.resample", "down.1.1", "mid.0", "mid.1", "up.0.0", "up.0.resample", "up.1.2"]

@@ -2,7 +2,12 @@
 What holds for all families is in test_anatomy.py."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -14,7 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from mmfm_utils import UsageError, anatomy, hooks
 from mmfm_utils.anatomy import OpenProjection, blocked, restart
 from mmfm_utils.hooks import edit, record
-from tests.anatomy_families import FAMILIES, LANGUAGE, answer, clip_text, inputs, llama, relative, strengthen
+from tests.anatomy_families import FAMILIES, LANGUAGE, PICTURE, answer, clip_text, inputs, llama, relative, strengthen
 from tests.anatomy_families import TRANSFORMERS as MODELS
 
 
@@ -170,6 +175,71 @@ def test_a_saved_model_is_a_plain_one(tmp_path):
     assert relative(again(**inputs("llava")).logits, run(opened, "llava")) < 1e-5
 
 
+def test_an_opened_model_is_read_in_another_process(tmp_path):
+    """Which has opened nothing yet: what is read brings the way attention is computed."""
+    model = build("llama")
+    opened = anatomy.of(model)
+    torch.save((model, opened, run(opened, "llama")), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; from tests.anatomy_families import inputs; torch.set_num_threads(1)\n"
+        "model, opened, logits = torch.load(sys.argv[1], weights_only=False)\n"
+        "from mmfm_utils.hooks import record\n"
+        "with torch.no_grad(), record(opened, 'lm.1.attn.pattern') as seen:\n"
+        "    out = model(**inputs('llama')).logits\n"
+        "assert torch.allclose(out, logits, atol=1e-4) and 'lm.1.attn.pattern' in seen\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("first", ["opened", "offloaded"])
+def test_weights_that_wait_elsewhere(first):
+    """accelerate's offloading, as `device_map="auto"` uses it: the model's tensors are on the device "meta"."""
+    plain, model = anatomy.of(build("llava")), build("llava")
+    if first == "opened":
+        anatomy.of(model)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    opened = anatomy.of(model)
+    assert opened.towers["lm"].proj.weight.is_meta
+    with record(opened, "*") as found, record(plain, "*") as expected:
+        assert torch.equal(run(opened, "llava"), run(plain, "llava"))
+    for site in expected:
+        assert torch.equal(found[site], expected[site]), site
+    with edit(opened, {"lm.1.attn.heads": torch.zeros_like}):
+        assert not torch.equal(run(opened, "llava"), run(plain, "llava"))
+    for tower in ("vision", "lm"):
+        for weight in ("W_Q", "W_K", "W_V", "W_O", "b_O", "W_in", "W_out", "b_out"):
+            read = [getattr(each.towers[tower], weight)(1) for each in (opened, plain)]
+            assert torch.equal(*read), (tower, weight)
+    assert torch.equal(opened.towers["lm"].projection, plain.towers["lm"].projection)
+    assert opened.towers["lm"].n_neurons == 80 and opened.towers["lm"].proj.weight.is_meta  # and wait again
+    nowhere = anatomy.of(MODELS["llama"]().to("meta")).towers["lm"]
+    for read in (lambda: nowhere.W_O(0), lambda: nowhere.projection):
+        with pytest.raises(UsageError, match="not in memory"):
+            read()
+
+
+def test_attention_of_somebody_s_own_is_not_replaced():
+    transformers.AttentionInterface.register("muted", lambda *_, **__: None)
+    muted, replaced = build("llama"), build("llama")
+    muted.set_attn_implementation("muted")
+    with pytest.raises(UsageError, match="attention as 'muted' computes it"):
+        anatomy.of(muted)
+    assert muted.config._attn_implementation == "muted"
+    projection = replaced.model.layers[1].self_attn.o_proj
+    projection.forward = lambda z: 2 * nn.Linear.forward(projection, z)
+    before = run(SimpleNamespace(module=replaced), "llama")
+    with pytest.raises(UsageError, match="output projection whose forward was replaced"):
+        anatomy.of(replaced)
+    assert torch.equal(run(SimpleNamespace(module=replaced), "llama"), before)
+    eager = build("llama")
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        before = answer(eager(**inputs("llama")))
+    assert relative(run(anatomy.of(eager), "llama"), before) < 1e-5
+
+
 def test_a_model_that_shares_the_config_stays_as_it_was():
     model = build("qwen2")
     twin = transformers.Qwen2ForCausalLM(model.config).eval()
@@ -182,13 +252,12 @@ def test_a_model_that_shares_the_config_stays_as_it_was():
 
 
 def test_unknown_models():
-    with pytest.raises(UsageError, match="does not know GPT2Model; it knows .*LlamaForCausalLM.*CLIPTextModel"):
+    with pytest.raises(UsageError, match="does not know GPT2Model; it knows .*LlamaModel.*CLIPTextModel.*register"):
         anatomy.of(transformers.GPT2Model(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9)))
     model = build("llava")
-    model.model.vision_tower = nn.Linear(2, 2)
-    model.model.vision_tower.config = None
-    with pytest.raises(UsageError, match="the tower Linear"):
-        anatomy.of(model)
+    model.model.vision_tower = transformers.ViTModel(transformers.ViTConfig(**PICTURE))
+    with pytest.raises(UsageError, match="the layers at model.vision_tower.* of Llava.*: register a Layout"):
+        anatomy.of(model)  # not the language model alone: an edit of "*" would miss half of it
     other = build("llama")
     other.model.layers[2].self_attn.o_proj = type("Int8Linear", (nn.Linear,), {})(48, 48, bias=False)
     with pytest.raises(UsageError, match="output projection of the kind Int8Linear"):
@@ -220,8 +289,8 @@ def test_site_names_and_shapes(models, name):
             shapes["logits"] = (2, tokens, 61)
         if site == "vision" and "siglip" not in name:
             shapes["final"] = (2, 1, width)  # CLS alone
-        if "projected" in name:
-            shapes["out"] = (2, 32)
+        if "projected" in name or name == "siglip vision":
+            shapes["out"] = (2, 32 if "projected" in name else width)
         expected |= {f"{site}.{place}": shape for place, shape in shapes.items()}
     if "llava" in name:
         expected |= dict.fromkeys(("projector", "projector.hidden"), (2, 17 if name == "llava full" else 16, 48))

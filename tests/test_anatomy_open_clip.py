@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmfm_utils import UsageError, anatomy
-from mmfm_utils.anatomy import OpenAttention
+from mmfm_utils.anatomy import OpenAttention, OpenProjection
 from mmfm_utils.hooks import edit, record
 from tests.anatomy_families import EOT, TEXT, VISION, captions, clip, pictures, relative, strengthen
 
@@ -165,6 +165,33 @@ def test_unknown_models():
         with pytest.raises(UsageError, match=message):
             anatomy.of(model)
         assert not any(isinstance(module, OpenAttention) for module in model.modules())
+
+
+class Mine(nn.MultiheadAttention):
+    """Somebody's own attention."""
+
+
+def test_what_others_have_replaced_is_not_replaced_again():
+    def of_a_kind(model):
+        model.transformer.resblocks[1].attn.__class__ = Mine
+
+    def projection(model):
+        projection = model.visual.transformer.resblocks[1].attn.out_proj
+        projection.forward = lambda z: 2 * nn.Linear.forward(projection, z)
+
+    def encode(model):
+        model.encode_text = lambda ids, normalize=False: 0 * type(model).encode_text(model, ids, normalize)
+
+    for change, message in (
+        (of_a_kind, "attention of the kind Mine"),
+        (projection, "output projection whose forward was replaced"),
+        (encode, "encode_text was replaced"),
+    ):
+        model = build()
+        change(model)
+        with pytest.raises(UsageError, match=message):
+            anatomy.of(model)
+        assert not any(isinstance(module, (OpenAttention, OpenProjection)) for module in model.modules())
 
 
 # ---- the places and what they hold ----

@@ -200,6 +200,28 @@ def test_spans_in_a_tokenizer_that_splits_words(tmp_path):
     assert letters.decode(ids[found.subject]) == "zebra" and found.subject.stop == len(ids) - 2
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_a_character_of_several_tokens(split):
+    """Llama 2 and its kin write a rare character as its bytes: half of one decodes to as many signs as bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    signs = ["<s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁helionst", *([] if split else ["🦁", "狮", "é"])]
+    raw = Tokenizer(models.BPE({sign: i for i, sign in enumerate(signs)}, [], byte_fallback=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    raw.decoder = decoders.Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+    for text in ("the lion is", "the 🦁 lion is", "🦁狮é 狮 lion 🦁 is", "é lion", "🦁 the 🦁"):
+        ids = [tokenizer.bos_token_id, *tokenizer(text).input_ids]
+        for word in {*text.split()} - {"the", "is"}:
+            found = spans(tokenizer, [*ids, *tokenizer(" .").input_ids], subject=word).subject
+            assert tokenizer.decode(ids[found]) == word, (text, word)
+            last = text.split().count(word) - 1
+            assert tokenizer.decode(tokenizer(text).input_ids[word_span(tokenizer, text, word, last)]) == word
+            assert found.stop - found.start == len(word) if not split or word.isascii() else len(word.encode())
+
+
 def test_spans_refuses(tokenizer):
     image, mask = tokenizer.convert_tokens_to_ids("<image>"), np.zeros((64, 64), dtype=bool)
     ids = prompt(tokenizer, QUESTION, 64)

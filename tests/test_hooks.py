@@ -1,6 +1,9 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmfm_utils import UsageError, hooks
 from mmfm_utils.hooks import Point, edit, record
@@ -349,3 +352,159 @@ def test_collect_refuses(toy):
     with pytest.raises(UsageError, match="collect waited in vain at unused"):
         hooks.collect(toy, "unused", toy, torch.zeros(2, 4))
     assert n_hooks(toy) == 0
+
+
+# ---- every way of running a model ----
+
+
+class RunAgain(torch.autograd.Function):
+    """Checkpointing as other libraries write it, and reversible layers: a function that runs its layer in backward."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run = run
+        ctx.save_for_backward(x)
+        return run(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.run(x)
+        out.backward(gradient)
+        return None, x.grad
+
+
+class RunAgainWithoutContext(RunAgain):
+    @staticmethod
+    def forward(run, x):
+        return run(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.run = inputs[0]
+        ctx.save_for_backward(inputs[1])
+
+
+def ways(toy):
+    """How a layer can be run again."""
+
+    def layers(x):
+        return toy.layers[1](toy.layers[0](x).tanh())
+
+    return {
+        "kept": lambda x: toy.pair(hidden=checkpoint(layers, x, use_reentrant=False))[0],
+        "re-entrant": lambda x: toy.pair(hidden=checkpoint(layers, x, use_reentrant=True))[0],
+        "somebody's own": lambda x: toy.pair(hidden=RunAgain.apply(layers, x))[0],
+        "without context": lambda x: toy.pair(hidden=RunAgainWithoutContext.apply(layers, x))[0],
+    }
+
+
+def gradients(toy, out):
+    toy.zero_grad()
+    out.square().sum().backward()
+    return [p.grad.clone() for p in toy.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("way", ["kept", "re-entrant", "somebody's own", "without context"])
+def test_a_layer_that_backward_runs_again(toy, x, way):
+    """Never the gradient of another function: an edit there is refused, and what backward runs is no pass."""
+    x = x.requires_grad_()
+    run, plain = ways(toy)[way], toy.pair(hidden=toy.layers[1](toy.layers[0](x).tanh()))[0]
+    expected = gradients(toy, plain)
+    with pytest.raises(UsageError, match="layers.0 is in a layer that backward runs again"):
+        with edit(toy, {"layers.0": torch.zeros_like}):
+            run(x)
+    with record(toy, "layers.*", every=True) as seen, edit(toy, {"pair": lambda t: 2 * t}):
+        doubled = gradients(toy, run(x))
+    assert [len(found) for found in seen.values()] == [1, 1]
+    assert all(torch.allclose(a, 4 * b) for a, b in zip(doubled, expected, strict=True))
+    out = run(x)
+    with pytest.raises(UsageError, match="in vain"), edit(toy, {"layers.1": torch.zeros_like}):
+        found = gradients(toy, out)  # of the pass that was not edited
+    assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+    if way == "kept":  # without gradients nothing is run again
+        with torch.no_grad(), edit(toy, {"layers.0": torch.zeros_like}):
+            assert not torch.equal(run(x), out)
+        with record(toy, "layers.0", grad=True) as seen:
+            gradients(toy, run(x))
+        assert seen["layers.0"].grad.abs().sum() > 0
+        toy.requires_grad_(False)
+        with pytest.raises(UsageError, match="runs again"), record(toy, "layers.0", grad=True):
+            run(x.detach())
+
+
+@pytest.mark.parametrize("way", ["forward", "call", "wrapped", "layer", "closure"])
+def test_compiled_models(toy, x, way):
+    """Compiled before a context or in it, all of it or one layer: contexts act on all, and on nothing behind them."""
+    with torch.no_grad():
+        plain, edited = toy(x), toy.pair(hidden=toy.layers[1](0 * x).relu())[0]
+        model = toy
+        if way == "forward":
+            toy.forward = torch.compile(toy.forward, backend="eager")
+        elif way == "call":
+            toy.compile(backend="eager")
+        elif way == "layer":
+            toy.layers[1].compile(backend="eager")
+        else:
+            model = torch.compile(toy if way == "wrapped" else lambda x: toy(x), backend="eager")
+        for first in (False, True):
+            torch._dynamo.reset()
+            if not first:
+                assert torch.allclose(model(x), plain)
+            with edit(toy, {"layers.0": torch.zeros_like}), record(toy, "layers.*") as seen:
+                for batch in (x, torch.cat([x, x]), x):  # another shape would be compiled anew
+                    out = model(batch)
+                    assert torch.allclose(out, edited[:1].expand_as(out))
+            assert not seen["layers.0"].any() and seen["layers.1"].any()
+            assert torch.allclose(model(x), plain)
+    torch._dynamo.reset()
+
+
+def test_a_copy_made_inside_a_context_is_not_edited_behind_it(toy, x):
+    plain = toy(x)
+    with edit(toy, {"pair": torch.zeros_like}):
+        twin = copy.deepcopy(toy)
+        assert not toy(x).any()
+    assert torch.equal(twin(x), plain)
+
+
+def test_a_part_of_the_batch_on_each_device_is_refused(toy, x):
+    replica = toy.pair._replicate_for_data_parallel  # as `nn.DataParallel` makes them
+    for context in (record(toy, "pair"), edit(toy, {"pair": torch.zeros_like})):
+        with pytest.raises(UsageError, match="pair would see a part of the batch"), context:
+            replica()(hidden=x)
+
+
+def test_an_index_that_is_not_there_names_the_site(toy, x):
+    """Generation with a cache: the prompt first, then one token at a time."""
+
+    def third(t):
+        t[2] = 0
+        return t
+
+    with pytest.raises(UsageError, match=r"edit at pair: index 2 .*\(1, 4\).*passes=\[0\]") as raised:
+        with edit(toy, {"pair": third}):
+            toy(x)
+            toy(x[:1])
+    assert isinstance(raised.value.__cause__, IndexError)
+    with edit(toy, {"pair": third}, passes=[0]):
+        toy(x)
+        toy(x[:1])
+    with pytest.raises(UsageError, match=r"collect at pair: index 7 .*\(3, 4\)"):
+        hooks.collect(toy, "pair", toy, x, keep=7)
+
+
+def test_passes_are_counted_anew_in_each_batch(toy, x):
+    hit = []
+    with edit(toy, {"pair": lambda t: hit.append(len(t)) or t}, passes=[1]):
+        for n in hooks.runs([1, 2, 3]):
+            for _ in range(4):
+                toy(x[:n])
+    assert hit == [1, 2, 3]
+    with edit(toy, {"layers.0": lambda t: hit.append(len(t)) or t}, passes=[0]):
+        hooks.collect(toy, "pair", toy, x, batch=2)
+    assert hit == [1, 2, 3, 2, 1]
+    with pytest.raises(UsageError, match="reached 1 times"), edit(toy, {"pair": torch.relu}, passes=[1]):
+        for n in hooks.runs([1, 2]):
+            toy(x[:n])

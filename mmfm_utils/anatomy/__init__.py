@@ -31,7 +31,9 @@ reads key head h // (n_heads // n_kv_heads)). With a key-value cache, k, v and t
 all else the new tokens alone. Padding attends to itself where nothing else is left to it.
 
 In transformers' CLIP, vision.final is the norm of CLS alone: one token. LLaVA reads the stream after an earlier layer
-(`vision_feature_layer`); the vision sites beyond fire and change nothing.
+(`vision_feature_layer`); the vision sites beyond fire and change nothing. LLaVA-OneVision's vision tower has a row for
+each tile of a picture. Qwen2-VL's has its patches in the order of the image tokens, each of which takes four in turn (a
+square of 2 x 2); where pictures differ in size, the rows of smaller ones end in zeros.
 
 A text-to-image pipeline has the tower `text`, whose `text.final` is what the U-Net reads, and in the U-Net, for every
 place P in the order of the forward pass (`down.0.0` is the first of block `down.0`, then `mid.0`, `up.0.0` ...):
@@ -45,6 +47,11 @@ place P in the order of the forward pass (`down.0.0` is the first of block `down
     unet.B.resample    (batch, channel, row, column)  where block B changes the resolution
     unet.embed, unet.out                              after the first convolution; what the U-Net predicts
 
+A pipeline with several text encoders has `text_2` beside `text`. Where a place has several transformer layers (SDXL),
+they are numbered: unet.P.L.self, .cross, .mlp. A transformer in the U-Net's stead (PixArt) is `dit`, with dit.embed,
+dit.L.self, .cross, .mlp and .resid, (batch, position, channel), and dit.out, the prediction patch by patch; self and
+mlp are what its gates then scale (adaptive norms, Peebles & Xie 2023, arXiv 2212.09748).
+
 Positions are row by row. A sampler runs the U-Net once a step: `hooks.record(every=True)` keeps all of them, and
 `hooks.edit(passes=...)` acts in some. Guidance runs two halves in one batch, the empty prompt first: see `conditional`.
 
@@ -53,7 +60,7 @@ Attention runs through the library's own fused kernel, which never holds the pat
 what follows, as one kernel differs from another; an edit that changes nothing gives bit by bit what recording the same
 sites gives. Listening anywhere else changes no bit.
 
-A further family is a further builder: see `register`.
+A further architecture is a further layout: see `register`.
 """
 
 from collections.abc import Callable
@@ -62,7 +69,8 @@ from typing import Any
 
 from mmfm_utils import UsageError
 from mmfm_utils.anatomy.attention import ATTENTION_SITES, OpenProjection
-from mmfm_utils.anatomy.interventions import blocked, conditional
+from mmfm_utils.anatomy.interventions import blocked, conditional, painting
+from mmfm_utils.anatomy.layouts import LAYOUTS, name_of
 from mmfm_utils.anatomy.open_clip import OpenAttention
 from mmfm_utils.anatomy.passes import restart, run_between
 from mmfm_utils.anatomy.tokens import Spans, patch_tokens, spans, word_span
@@ -70,52 +78,65 @@ from mmfm_utils.anatomy.tower import Anatomy, Layout, Tower, layer_points
 
 __all__ = [
     "ATTENTION_SITES", "Anatomy", "Layout", "OpenAttention", "OpenProjection", "Spans", "Tower", "blocked",
-    "conditional", "layer_points", "of", "patch_tokens", "register", "restart", "run_between", "spans", "word_span",
+    "conditional", "layer_points", "of", "painting", "patch_tokens", "register", "restart", "run_between", "spans",
+    "word_span",
 ]  # fmt: skip
 
 # class -> its builder, or adapter and name: an adapter and its library are imported when their first model is opened.
-_BUILDERS: dict[str, Callable[[Any], Anatomy] | str] = {
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.StableDiffusionPipeline": "diffusers.text_to_image",
+_BUILDERS: dict[str, Callable[[Any], Anatomy | None] | str] = {
+    "diffusers.models.modeling_utils.ModelMixin": "diffusers.denoiser",
+    "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel": "diffusers.denoiser",
+    "diffusers.pipelines.pipeline_utils.DiffusionPipeline": "diffusers.text_to_image",
     "open_clip.model.CLIP": "open_clip.contrastive",
     "open_clip.model.CustomTextCLIP": "open_clip.contrastive",
     "open_clip.transformer.VisionTransformer": "open_clip.vision_only",
-    "transformers.models.llama.modeling_llama.LlamaForCausalLM": "transformers.language_model",
-    "transformers.models.mistral.modeling_mistral.MistralForCausalLM": "transformers.language_model",
-    "transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM": "transformers.language_model",
-    "transformers.models.llava.modeling_llava.LlavaForConditionalGeneration": "transformers.llava",
-    "transformers.models.clip.modeling_clip.CLIPTextModel": "transformers.clip_tower",
-    "transformers.models.clip.modeling_clip.CLIPTextModelWithProjection": "transformers.clip_projected",
-    "transformers.models.clip.modeling_clip.CLIPVisionModel": "transformers.clip_tower",
-    "transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection": "transformers.clip_projected",
-    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": "transformers.clip_tower",
+    "transformers.modeling_utils.PreTrainedModel": "transformers.made_of_stacks",
 }
 
 
 def of(model: Any) -> Anatomy:
     """The anatomy of a model; opens its attention layers in place, once (its outputs and state dict stay the same).
 
-    Knows open_clip's `CLIP`, `CustomTextCLIP` and `VisionTransformer` with standard layers, and of transformers CLIP's
-    and SigLIP's towers, the language models Llama, Mistral and Qwen2, and `LlavaForConditionalGeneration` made of them;
-    of diffusers `StableDiffusionPipeline`, whose `module` is then a dictionary of its text encoder, U-Net and decoder.
+    Knows open_clip's `CLIP`, `CustomTextCLIP` and `VisionTransformer` with standard layers. In transformers it knows
+    the towers of CLIP and SigLIP, the language models Llama, Mistral and Qwen2, both parts of Qwen2-VL, and every model
+    all of whose layers are in these: `CLIPModel`, `LlavaForConditionalGeneration`, LLaVA-OneVision. In diffusers it
+    knows `UNet2DConditionModel` and `PixArtTransformer2DModel`, and pipelines of them; a pipeline's `module` is a
+    dictionary of its text encoders, denoiser and decoder, and a text encoder that is not known (T5) has no sites.
     In transformers the config says how attention is computed, so it now names the opened way; other models that share
-    it are computed as before. Raises `UsageError` for a class or variant that it does not know, and then leaves the
-    model as it was.
+    it are computed as before. Raises `UsageError` for a class or variant that it does not know, and where somebody has
+    replaced what it would replace (an attention processor, a `forward`), and then leaves the model as it was.
     """
     for cls in type(model).__mro__:
-        builder = _BUILDERS.get(f"{cls.__module__}.{cls.__qualname__}")
+        builder = _BUILDERS.get(name_of(cls))
         if isinstance(builder, str):
             adapter, function = builder.split(".")
             builder = getattr(import_module(f"{__name__}.{adapter}"), function)
-        if builder:
-            return builder(model)
-    known = ", ".join(name.rpartition(".")[2] for name in _BUILDERS)
-    raise UsageError(f"anatomy does not know {type(model).__name__}; it knows {known}")
+        anatomy = builder(model) if builder else None
+        if anatomy:
+            return anatomy
+    classes = [name for name in _BUILDERS if "_utils" not in name] + [name for name in LAYOUTS if LAYOUTS[name].tower]
+    known = ", ".join(name.rpartition(".")[2] for name in classes)
+    raise UsageError(f"anatomy does not know {type(model).__name__}; it knows {known}, and what you `register`")
 
 
-def register(cls: type | str, builder: Callable[[Any], Anatomy]) -> None:
-    """Teach `of` a further class of models, given itself or by its dotted name; its subclasses are known with it.
+def register(cls: type | str, how: Layout | Callable[[Any], Anatomy | None]) -> None:
+    """Teach `of` a further class, given itself or by its dotted name; its subclasses are known with it.
 
-    `builder(model)` returns the model's `Anatomy`: its places and, for each stack of layers, a `Tower`. A stack that
-    differs from one that is known by its names alone needs a `Layout`, from which `layer_points` makes the places.
+    A `Layout` is enough for a class that runs a stack of layers by its library's own attention: in transformers each
+    class that calls its `AttentionInterface` (GemmaModel, say), in diffusers a transformer of `BasicTransformerBlock`s.
+    Models that hold such a stack are then known too, if nothing else in them has layers:
+
+        register("transformers.models.phi.modeling_phi.PhiModel", Layout(
+            attention="self_attn", q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj",
+            o="self_attn.dense", attn="self_attn.dense", mlp="mlp", up="mlp.fc1", down="mlp.fc2",
+            tower="lm", layers="layers", norm="final_layernorm", out="lm_head", causal=True, pool="last",
+        ))
+
+    For anything else give a function: `how(model)` returns the model's `Anatomy`, its places and, for each stack of
+    layers, a `Tower`; `layer_points` makes the places of a stack.
     """
-    _BUILDERS[cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"] = builder
+    name = cls if isinstance(cls, str) else name_of(cls)
+    if isinstance(how, Layout):
+        LAYOUTS[name] = how
+    else:
+        _BUILDERS[name] = how

@@ -1,5 +1,7 @@
 """Attention layers with a place for each intermediate result, around the library's fused kernel or step by step."""
 
+from types import MethodType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,13 @@ def expose(module: nn.Module, *sites: str) -> None:
     """Submodules for tensors to pass through, where hooks can reach them. They hold no state."""
     for name in sites:
         module.add_module(name, nn.Identity())
+
+
+def turn(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Make a module of a model's own one of the class `cls`, where it stands."""
+    module.__class__ = cls
+    if hasattr(module, "_old_forward"):  # accelerate's offloading wraps the forward pass that it found, and calls it
+        module._old_forward = MethodType(cls.forward, module)
 
 
 def heard(*sites: nn.Module) -> bool:
@@ -55,7 +64,8 @@ class OpenProjection(nn.Linear):
     @classmethod
     def open(cls, linear: nn.Linear, n_heads: int) -> None:
         if not isinstance(linear, cls):
-            linear.__class__, linear.n_heads = cls, n_heads
+            turn(linear, cls)
+            linear.n_heads = n_heads
             expose(linear, "heads")
 
     def forward(self, z: Tensor) -> Tensor:

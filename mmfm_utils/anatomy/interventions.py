@@ -1,6 +1,8 @@
 """Functions for `hooks.edit`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -53,16 +55,39 @@ def _chosen(tokens: Any, scores: Tensor, n: int) -> Tensor:
     return chosen
 
 
+_PICTURES: ContextVar[int | None] = ContextVar("pictures", default=None)
+
+
+@contextmanager
+def painting(n: int) -> Iterator[None]:
+    """Says that what runs in this block paints n pictures, for `conditional`; `Diffusion.paint` says so by itself."""
+    before = _PICTURES.set(n)
+    try:
+        yield
+    finally:
+        _PICTURES.reset(before)
+
+
 def conditional(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same function for `hooks.edit`, acting on the conditional half of a guided batch and on nothing else.
+    """The same function for `hooks.edit`, acting on the rows of a batch that were told the prompt and on nothing else.
 
     Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) runs the empty prompt and the prompt as one batch,
-    (2 * picture, ...), the empty one first: `unconditional, conditional = tensor.chunk(2)`.
+    (2 * picture, ...), the empty one first: `unconditional, conditional = tensor.chunk(2)`. Without guidance (Turbo and
+    LCM models) the batch is (picture, ...), and all of it is changed.
+
+    The function raises `UsageError` where it cannot tell: outside `Diffusion.paint` and `painting`, and in a batch that
+    is neither.
     """
 
     @wraps(change)  # it takes as many arguments as `change`
-    def half(tensor: Tensor, *site: str) -> Tensor:
-        without, told = tensor.chunk(2)
+    def on_told(tensor: Tensor, *site: str) -> Tensor:
+        n, rows = _PICTURES.get(), len(tensor)
+        if n is None or rows not in (n, 2 * n):
+            raise UsageError(
+                f"conditional cannot tell which of {rows} rows were told a prompt: use Diffusion.paint, or "
+                "`with anatomy.painting(n):` around a run for n pictures, the empty prompts first"
+            )
+        without, told = tensor.split([rows - n, n])
         return torch.cat([without, change(told, *site)])
 
-    return half
+    return on_told

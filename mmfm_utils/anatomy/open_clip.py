@@ -1,15 +1,16 @@
 """Contrastive models of open_clip. Nothing here imports open_clip: its models bring what is needed."""
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from mmfm_utils.anatomy.attention import ATTENTION_SITES, OpenProjection, expose, heard, step_by_step, through
-from mmfm_utils.anatomy.passes import stack_entry
-from mmfm_utils.anatomy.tower import Anatomy, Layout, Tower, layer_points, require
+from mmfm_utils.anatomy.attention import ATTENTION_SITES, OpenProjection, expose, heard, step_by_step, through, turn
+from mmfm_utils.anatomy.passes import as_given, stack_entry
+from mmfm_utils.anatomy.tower import Anatomy, Layout, Tower, layer_points, require, require_own
 from mmfm_utils.hooks import Point
 
 LAYOUT = Layout(attention="attn", attn="ls_1", mlp="ls_2", o="attn.out_proj", up="mlp.c_fc", down="mlp.c_proj")
@@ -28,7 +29,7 @@ class OpenAttention(nn.MultiheadAttention):
     def open(cls, attention: nn.MultiheadAttention) -> None:
         """Turn a plain `nn.MultiheadAttention` into this class, in place; do nothing if it is one already."""
         if not isinstance(attention, cls):
-            attention.__class__ = cls
+            turn(attention, cls)
             expose(attention, *ATTENTION_SITES)
             OpenProjection.open(attention.out_proj, attention.num_heads)
 
@@ -87,9 +88,10 @@ def contrastive(model: nn.Module) -> Anatomy:
     _check_vision(model.visual)
     _check_text(text)
     if flat and not hasattr(model, "text_out"):
+        require("encode_text" not in vars(model), "a model whose encode_text was replaced (open the model before)")
         # There the projection is a bare product inside encode_text; give it a place to be hooked.
         model.text_out = nn.Identity()
-        model.encode_text = MethodType(_encode_text, model)
+        model.encode_text = partial(_encode_text, model)  # a bound method would be pickled as the class's own
     prefix = "" if flat else "text."
     return Anatomy(
         module=model,
@@ -123,11 +125,11 @@ def _read(text: nn.Module, states: Tensor, ids: Tensor | None = None) -> Tensor:
 
 def _put(tower: nn.Module) -> Callable[[Tensor], Tensor]:
     """States (batch, token, width) in the axes of the layers."""
-    return (lambda states: states) if tower.transformer.batch_first else (lambda states: states.transpose(0, 1))
+    return as_given if tower.transformer.batch_first else _swapped
 
 
-def _encode_text(self: nn.Module, text: Tensor, normalize: bool = False) -> Tensor:
-    out = self.text_out(type(self).encode_text(self, text))
+def _encode_text(model: nn.Module, text: Tensor, normalize: bool = False) -> Tensor:
+    out = model.text_out(type(model).encode_text(model, text))
     return F.normalize(out, dim=-1) if normalize else out
 
 
@@ -151,10 +153,20 @@ def _check_layers(transformer: nn.Module) -> None:
         require(type(block).__name__ == "ResidualAttentionBlock", f"layers of the kind {type(block).__name__}")
         # it would come between the heads and what they add to the residual stream
         require(isinstance(block.ls_1, nn.Identity), "layers with LayerScale")
+        require_own(block.attn, "attention", nn.MultiheadAttention, OpenAttention)
+        require_own(block.attn.out_proj, "an output projection", NonDynamicallyQuantizableLinear, OpenProjection)
+
+
+def _swapped(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)
+
+
+def _put_swapped(_raw: Tensor, x: Tensor) -> Tensor:
+    return x.transpose(0, 1)
 
 
 # How to find a tensor, and put it back, where it has other axes than its site.
-_SEQUENCE_FIRST = (lambda x: x.transpose(0, 1), lambda _raw, x: x.transpose(0, 1))
+_SEQUENCE_FIRST = (_swapped, _put_swapped)
 
 
 def _points(tower: str, prefix: str, transformer: nn.Module, final: str, out: str) -> dict[str, Point]:

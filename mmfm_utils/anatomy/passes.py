@@ -1,6 +1,8 @@
 """Parts of a forward pass: from a residual state on, and no further than wanted."""
 
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from mmfm_utils import UsageError
 from mmfm_utils.anatomy.tower import Anatomy
 from mmfm_utils.hooks import until
+from mmfm_utils.hooks.attach import runs_again
 
 
 def run_between(
@@ -27,9 +30,11 @@ def run_between(
     embedding of one blank picture is). Contexts that are open act at the sites in between, and at `T.embed` if `start`
     is -1. TransformerLens calls the two `start_at_layer` and `stop_at_layer` (and counts from the input of a layer).
 
-    `inputs` are what else the stack reads. "lm": `attention_mask` (batch, token), 0 at padding, and `keep`, the tokens
-    to unembed: so many of the last (0: all), or a tensor of indices. "text": `ids` (batch, token), needed where the
-    embedding is read at the end token, and in transformers `attention_mask`. "vision" takes nothing.
+    `inputs` are what else the stack reads. "lm": `attention_mask` (batch, token), 0 at padding, `keep`, the tokens to
+    unembed: so many of the last (0: all), or a tensor of indices, and `position_ids`, which Qwen2-VL needs, as those of
+    a picture are of three parts. "text": `ids` (batch, token), needed where the embedding is read at the end token, and
+    in transformers `attention_mask`. "vision" takes nothing; in Qwen2-VL `image_grid_thw`, as the model does. "dit"
+    takes `timestep`, `encoder_hidden_states` and others of the transformer's own.
 
     "unet" goes on from a place P (`"down.0.1"`, `"mid.0"`, `"up.1.resample"`; `"embed"` for `unet.embed`), to a place
     or to `unet.out`. Its skip connections read earlier places too, so `states` is {site: tensor} with what `unet.embed`
@@ -41,23 +46,23 @@ def run_between(
     language model reads an earlier layer of the vision tower, stop there.
 
     Raises `UsageError` for a tower or place that the model does not have, where `stop` is not behind `start`, without
-    the `ids` that are needed, and for states of a U-Net that are missing.
+    the inputs that are needed, for states of a U-Net that are missing, and from -1 under gradient checkpointing.
     """
     if tower not in anatomy.entries:
         raise UsageError(
             f"{type(anatomy.module).__name__} has no {tower!r} to run; it has {', '.join(anatomy.entries) or 'none'}"
         )
     end = next(site for site in (f"{tower}.logits", f"{tower}.out", f"{tower}.final") if site in anatomy.points)
-    if tower in anatomy.towers:
-        facts = anatomy.towers[tower]
-        last = facts.n_layers - 1
+    facts = anatomy.towers.get(tower)
+    last = sum(re.fullmatch(rf"{tower}\.\d+\.resid", site) is not None for site in anatomy.points) - 1
+    if last >= 0:
         if not -1 <= start <= last or (stop is not None and not start < stop <= last):
             raise UsageError(
                 f"run_between goes from a layer (-1 to {last}) to a later one, not from layer {start} to {stop}"
             )
         if stop is not None:
             end = f"{tower}.{stop}.resid"
-        elif end == "text.out" and facts.pool in ("argmax", "eos") and inputs.get("ids") is None:
+        elif end == f"{tower}.out" and facts and facts.pool in ("argmax", "eos") and inputs.get("ids") is None:
             raise UsageError("run_between needs the token ids here, to find the end token: pass ids=...")
     else:
         places = list(anatomy.points)
@@ -98,31 +103,41 @@ class _Passed(nn.Module):
         return states
 
 
+def as_given(states: Tensor) -> Tensor:
+    return states
+
+
 def stack_entry(
-    tower: str, path: str, enter: Callable[..., Any], put: Callable[[Tensor], Tensor] = lambda states: states
+    tower: str, path: str, enter: Callable[..., Any], put: Callable[[Tensor], Tensor] = as_given
 ) -> Callable[..., Any]:
     """The entry (see `Anatomy`) of a stack of layers. `enter(module, states, **inputs)` runs the library's own forward
     pass, which makes masks and positions, of the module at `path` on any input of the right shape; there the layers up
-    to `start` are passed over, and the states come in, in the layers' own axes after `put`.
+    to `start` are passed over, and the states come in, in the layers' own axes after `put`. All four can be pickled if
+    the two functions are named ones.
     """
+    return partial(_run, tower, path, enter, put)
 
-    def run(anatomy: Anatomy, states: Tensor, start: int, **inputs: Any) -> Any:
-        def bring(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if args:
-                return (put(states), *args[1:]), kwargs
-            return args, kwargs | {next(iter(kwargs)): put(states)}
 
-        blocks = anatomy.towers[tower].blocks
-        kept = dict(blocks._modules)
-        blocks._modules.update({str(i): _Passed(blocks[i]) for i in range(start + 1)})
-        handle = blocks[0].register_forward_pre_hook(bring, prepend=True, with_kwargs=True)
-        try:
-            return enter(anatomy.module.get_submodule(path), states, **inputs)
-        finally:
-            handle.remove()
-            blocks._modules.update(kept)
+def _run(
+    tower: str, path: str, enter: Callable[..., Any], put: Callable[[Tensor], Tensor],
+    anatomy: Anatomy, states: Tensor, start: int, **inputs: Any,
+) -> Any:  # fmt: skip
+    def bring(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if start < 0 and runs_again():  # in backward it would run on what it was given itself
+            raise UsageError("run_between goes from -1 without gradient checkpointing only: switch that off")
+        if args:
+            return (put(states), *args[1:]), kwargs
+        return args, kwargs | {next(iter(kwargs)): put(states)}
 
-    return run
+    blocks = anatomy.module.get_submodule(anatomy.points[f"{tower}.embed"].module.rpartition(".")[0])
+    kept = dict(blocks._modules)
+    blocks._modules.update({str(i): _Passed(blocks[i]) for i in range(start + 1)})
+    handle = blocks[0].register_forward_pre_hook(bring, prepend=True, with_kwargs=True)
+    try:
+        return enter(anatomy.module.get_submodule(path), states, **inputs)
+    finally:
+        handle.remove()
+        blocks._modules.update(kept)
 
 
 def read_ids(
@@ -131,4 +146,5 @@ def read_ids(
     """The `enter` of a text tower of transformers."""
     if ids is None:
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-    return model(input_ids=ids, attention_mask=attention_mask)
+    # a model of two towers has a way of its own to run one, and to project its states
+    return getattr(model, "get_text_features", model)(input_ids=ids, attention_mask=attention_mask)

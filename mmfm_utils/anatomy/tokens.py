@@ -1,6 +1,6 @@
 """Which tokens are which: patches that an object covers, words of a text, parts of a prompt with a picture."""
 
-import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -67,6 +67,19 @@ def _find(text: str, word: str, occurrence: int) -> tuple[int, int]:
     return places[occurrence].span()
 
 
+def _offsets(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Where the characters of each token begin and end, given the text of no token, of the first, the first two ...
+
+    This tells them in any tokenizer. A text may end within a character (in one that splits them into bytes) and does
+    not agree with the whole one then: the character belongs to all the tokens that it takes.
+    """
+    agreed = [len(os.path.commonprefix([text, texts[-1]])) for text in texts]
+    ends = [end if end == len(text) else None for end, text in zip(agreed, texts)]
+    for i in reversed(range(len(ends) - 1)):
+        ends[i] = ends[i + 1] if ends[i] is None else ends[i]
+    return list(zip(agreed, ends[1:]))
+
+
 def _overlap(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> slice:
     """The tokens that share characters with begin:end, given where the characters of each begin and end."""
     inside = [i for i, (left, right) in enumerate(offsets) if left < end and right > begin]
@@ -89,15 +102,18 @@ def spans(
     tokenizer: Any,
     ids: Any,
     image_token_id: int | None = None,
-    grid: tuple[int, int] | None = None,
+    grid: tuple[int, int] | Sequence[tuple[int, ...]] | None = None,
     masks: Iterable[Any] = (),
     subject: str | None = None,
     share: float = 0.5,
 ) -> Spans:
     """The parts of one prompt, given as its token ids: a list or tensor (token,), the picture's tokens already in it.
 
-    `masks` are boolean pixel masks (object, height, width), read with `grid` and `share` as in `patch_tokens`. Padding
-    on the left is passed over; every index counts from the first id. `tokenizer` is any transformers tokenizer.
+    `masks` are boolean pixel masks (object, height, width), read with `grid` and `share` as in `patch_tokens`. Where a
+    model is shown the picture at several scales, one behind the other, `grid` lists them: (rows, columns), or with a
+    third number for the tokens behind each row that are no patches (`models.Generative.grids` tells them). An object
+    then has tokens at each. Padding on the left is passed over; every index counts from the first id. `tokenizer` is
+    any transformers tokenizer.
 
     Raises `UsageError` if the prompt does not end in text, has several pictures, or one whose tokens do not fit `grid`
     (its patches, and CLS or not); for masks without a picture; and if the subject does not stand in the text.
@@ -108,22 +124,29 @@ def spans(
         raise UsageError("spans needs a prompt that ends in text: cut the end token or the padding off")
     places = [i for i, token in enumerate(ids) if token == image_token_id]
     image = slice(places[0], places[-1] + 1) if places else slice(0, 0)
-    n, patches = len(places), math.prod(grid or ())
-    if n and not (grid and n - patches in (0, 1) and n == image.stop - image.start):
+    scales = [(*scale, 0)[:3] for scale in ([grid] if grid and isinstance(grid[0], int) else grid or ())]
+    n, known = len(places), sum(rows * (columns + behind) for rows, columns, behind in scales)
+    if n and not (scales and n - known in (0, 1) and n == image.stop - image.start):
         raise UsageError(f"spans takes one picture with the (rows, columns) of its patches, not {grid} for {n} tokens")
     masks = list(masks)
     if masks and not n:
         raise UsageError("spans was given masks, but the prompt has no picture")
-    first = image.stop - patches
-    objects = tuple(patch_tokens(mask, grid, share, first) for mask in masks)
-    free = torch.ones(image.stop, dtype=torch.bool)
-    free[:first] = False
-    free[torch.cat([torch.empty(0, dtype=torch.long), *objects])] = False
+    objects, free = [[] for _ in masks], [torch.empty(0, dtype=torch.long)]
+    first = image.stop - known
+    for rows, columns, behind in scales if n else ():
+        tokens = torch.arange(first, first + rows * (columns + behind)).view(rows, -1)[:, :columns].flatten()
+        covered = [patch_tokens(mask, (rows, columns), share, first=0) for mask in masks]
+        uncovered = torch.ones(len(tokens), dtype=torch.bool)
+        for parts, patches in zip(objects, covered):
+            parts.append(tokens[patches])
+            uncovered[patches] = False
+        free.append(tokens[uncovered])
+        first += rows * (columns + behind)
     start = image.stop if n else next(i for i, token in enumerate(ids) if token not in special)
     where = None
     if subject is not None:
-        # how far the text of the first tokens reaches tells which characters a token brings, in any tokenizer
-        ends = [len(tokenizer.decode(ids[start:stop])) for stop in range(start, len(ids) + 1)]
-        span = _overlap(list(zip(ends, ends[1:])), *_find(tokenizer.decode(ids[start:]), subject, -1))
+        texts = [tokenizer.decode(ids[start:stop]) for stop in range(start, len(ids) + 1)]
+        span = _overlap(_offsets(texts), *_find(texts[-1], subject, -1))
         where = slice(start + span.start, start + span.stop)
-    return Spans(image, objects, free.nonzero().flatten(), slice(start, len(ids) - 1), where, len(ids) - 1)
+    objects = tuple(map(torch.cat, objects))
+    return Spans(image, objects, torch.cat(free), slice(start, len(ids) - 1), where, len(ids) - 1)

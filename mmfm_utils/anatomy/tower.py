@@ -1,6 +1,7 @@
 """The facts about a model: where its layers keep their parts, and one `Tower` for each stack of them."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,11 @@ from mmfm_utils.hooks import Point
 
 @dataclass(frozen=True)
 class Layout:
-    """Where an architecture keeps the parts of a layer: paths below the layer."""
+    """Where an architecture keeps a stack of layers, and where a layer keeps its parts. See `register`.
+
+    The first paths lie below a layer, the others below the module that runs the stack. `out` and `sites` are looked for
+    there and then below the modules around it, so that a tower serves alone and as a part of a model.
+    """
 
     attention: str  # the module that has the attention sites
     attn: str  # the modules whose outputs are added to the residual stream
@@ -22,10 +27,22 @@ class Layout:
     o: str  # the linear maps, named as in `Tower.W_O`; up is W_in, down is W_out
     up: str
     down: str
-    q: str | None = None  # None: the three are packed into one, as in `nn.MultiheadAttention`
+    q: str | None = None  # None: one map gives the three, one behind the other
     k: str | None = None
     v: str | None = None
+    qkv: str | None = None  # that map; None: it is the attention itself, an `nn.MultiheadAttention`
     gate: str | None = None  # None: the MLP has no gate
+    cross: str | None = None  # the module of cross-attention (diffusers)
+
+    tower: str = ""  # what its sites begin with: "vision", "text", "lm"; in diffusers "dit"
+    layers: str = ""
+    norm: str = ""  # the last norm
+    out: str | None = None  # what makes T.out (or lm.logits) of the states after that norm
+    sites: Mapping[str, str] = field(default_factory=dict)  # what stands behind the stack: site -> module
+    n_heads: str = "num_attention_heads"  # under which name the config has their number
+    causal: bool = False
+    pool: str | None = None  # as `Tower.pool`
+    packed: str | None = None  # the argument with each picture's (frames, rows, columns) where pictures are packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +50,16 @@ class Tower:
     """The facts about one stack of transformer layers.
 
     Weights are detached views that share the model's memory: writing into one edits the model. They multiply from the
-    right, x @ W, and have one slice a head. A bias that the model does not have is zero.
+    right, x @ W, and have one slice a head. A bias that the model does not have is zero. Weights that accelerate keeps
+    on the CPU or the disk are fetched for the call, and are then no views.
     """
 
     blocks: nn.ModuleList = field(repr=False)  # the layers themselves, for what has no name here (their norms)
     layout: Layout = field(repr=False)
     n_heads: int
     width: int
-    n_tokens: int  # vision: CLS, if there is one, and patches; text, lm: the longest sequence
-    grid: tuple[int, int] | None  # (rows, columns) of patches; None for text
+    n_tokens: int | None  # vision: CLS, if there is one, and patches; text, lm: the longest sequence
+    grid: tuple[int, int] | None  # (rows, columns) of patches; both None where they depend on the picture
     causal: bool
     ln_final: nn.Module = field(repr=False)
     pool: str | None  # the state that is read: "tok" CLS, "avg" mean patch, "argmax"/"eos" end token, "first", "last"
@@ -71,7 +89,13 @@ class Tower:
         if self.proj is None:
             raise UsageError("this tower has no projection")
         # read anew each time: moving the model to another device or precision replaces the data
-        return (self.proj.weight.T if isinstance(self.proj, nn.Linear) else self.proj).detach()
+        return _fetched(self.proj, "weight")[0].T if isinstance(self.proj, nn.Linear) else _present(self.proj)
+
+    @property
+    def projection_bias(self) -> Tensor:
+        """What is added to states @ `projection`: (embed,) or (vocabulary,), zero where there is none."""
+        bias = _fetched(self.proj, "bias")[0] if isinstance(self.proj, nn.Linear) else None
+        return self.projection.new_zeros(self.projection.shape[1]) if bias is None else bias
 
     def W_Q(self, layer: int) -> Tensor:
         """(head, width, head_dim)"""
@@ -152,14 +176,17 @@ class Tower:
         """Weight (out, in) and bias (out,)."""
         block, path = self.blocks[layer], getattr(self.layout, part)
         if path is not None:
-            linear = block.get_submodule(path)
-            weight, bias = linear.weight, linear.bias
-        elif part in "qkv":  # nn.MultiheadAttention packs the three into one
-            packed = block.get_submodule(self.layout.attention)
-            weight, bias = (x.chunk(3)["qkv".index(part)] for x in (packed.in_proj_weight, packed.in_proj_bias))
+            weight, bias = _fetched(block.get_submodule(path), "weight", "bias")
+        elif part in "qkv":
+            packed, n = block.get_submodule(self.layout.qkv or self.layout.attention), self.head_dim * self.n_heads
+            names = ("weight", "bias") if self.layout.qkv else ("in_proj_weight", "in_proj_bias")
+            weight, bias = (
+                None if x is None else x.split([n, (len(x) - n) // 2, (len(x) - n) // 2])["qkv".index(part)]
+                for x in _fetched(packed, *names)
+            )
         else:
             raise UsageError(f"the MLPs of this tower have no {part}")
-        return weight.detach(), weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
     def _by_head(self, layer: int, part: str) -> tuple[Tensor, Tensor]:
         """Weight (head, width, head_dim) and bias (head, head_dim)."""
@@ -190,6 +217,30 @@ def layer_points(tower: str, path: str, blocks: nn.ModuleList, layout: Layout, a
         points[f"{site}.mlp"] = Point(f"{block}.{layout.mlp}", "out", *axes)
         points[f"{site}.resid"] = Point(block, "out", *axes)
     return points
+
+
+def _fetched(module: nn.Module, *names: str) -> list[Tensor | None]:
+    """Parameters of a module, from where accelerate keeps them if they are not here."""
+    here = nullcontext()
+    if hasattr(module, "_hf_hook"):
+        from accelerate.utils import align_module_device
+
+        here = align_module_device(module)
+    with here:
+        return [None if (found := getattr(module, name)) is None else _present(found) for name in names]
+
+
+def _present(weight: Tensor) -> Tensor:
+    if weight.is_meta:
+        raise UsageError("this weight is not in memory: load the model without offloading to read it")
+    return weight.detach()
+
+
+def require_own(module: nn.Module, what: str, *kinds: type[nn.Module]) -> None:
+    """`UsageError` where a module computes something else than its kind does: another kind, or another `forward`."""
+    require(type(module) in kinds, f"{what} of the kind {type(module).__name__}")
+    replaced = "forward" in vars(module) and not hasattr(module, "_old_forward")  # but for accelerate, see `turn`
+    require(not replaced, f"{what} whose forward was replaced (open the model before)")
 
 
 def require(known: bool, what: str) -> None:

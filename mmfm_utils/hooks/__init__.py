@@ -1,5 +1,5 @@
 """Read and change tensors inside a running model: `record` and `edit`, two context managers over any `nn.Module`.
-`collect` records over many inputs, batch by batch; `until` runs up to a site and no further.
+`collect` records over many inputs, batch by batch; `until` runs up to a site and no further; `runs` goes over batches.
 
 A *site* is the name of a place, for example `vision.3.attn`. The names come from `mmfm_utils.anatomy`; a bare
 `nn.Module` has names too: those of its submodules, each meaning that submodule's output. Names may hold wildcards
@@ -14,13 +14,15 @@ Hooks live exactly as long as their `with` block, whatever ends it (the idea of 
 arXiv 2202.05262). Contexts act on a tensor in the order in which they were opened: a `record` opened inside an `edit`
 sees the edited value, one opened around it sees the value before. Hooks of others at the same module come after them.
 
+While a context is open, all that `torch.compile` has compiled runs uncompiled. Backward is no pass: contexts do not act
+on what it runs again (gradient checkpointing).
+
 A pass that needs to go no further can be ended (`stop`, as in `nethook`): the rest of the block of the context that
 asked for it is then passed over. Any other context that waits for a site behind the end raises its `UsageError`, be it
 inside or around: what it was opened for did not happen.
 """
 
 import inspect
-import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,9 +31,11 @@ import torch
 from torch import Tensor
 
 from mmfm_utils import UsageError
-from mmfm_utils.hooks.attach import Point, active, attached, leftover, listed, resolve
+from mmfm_utils.hooks.attach import Point, active, attached, leftover, listed, resolve, runs_again
 
-__all__ = ["Point", "active", "collect", "edit", "leftover", "record", "resolve", "until"]
+__all__ = ["Point", "active", "collect", "edit", "leftover", "record", "resolve", "runs", "until"]
+
+_run = 0  # how many batches `runs` has given out
 
 
 @contextmanager
@@ -44,13 +48,15 @@ def record(
     reached more than once the last tensor stays, or with `every=True` the list of all (a sampler's steps).
 
     Recording never changes the result. The tensors are cut from the graph; with `grad=True` they are part of it (also
-    where all parameters are frozen), and after `loss.backward()` hold their gradient in `.grad`.
+    where all parameters are frozen), and after `loss.backward()` hold their gradient in `.grad`. With gradient
+    checkpointing, call `backward` inside the block, so that attention runs the same way twice.
 
     With `stop` the forward pass, and with it the `with` block, ends as soon as each site was reached once: nothing
     behind the last of them is computed. What reads the tensors stands after the block.
 
-    Raises `UsageError` on entry if a name is not known or both `every` and `stop` are asked for, and on leaving if a
-    site was never reached.
+    Raises `UsageError` on entry if a name is not known or both `every` and `stop` are asked for; during the pass with
+    `grad=True` where gradients are off, or have to begin in a layer that backward runs again; and on leaving if a site
+    was never reached.
     """
     if every and stop:
         raise UsageError("record can keep every pass or stop the first one, not both")
@@ -62,6 +68,8 @@ def record(
             tensor, on = tensor.detach().clone(), None
         elif not torch.is_grad_enabled():
             raise UsageError(f"record(grad=True) at {site} needs gradients: leave torch.no_grad() for this pass")
+        elif not tensor.requires_grad and runs_again():
+            raise UsageError(f"record(grad=True) at {site} {_AGAIN}")
         else:
             tensor = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
             tensor.retain_grad()
@@ -121,7 +129,7 @@ def collect(
     if keep is not None and not callable(keep):
         keep = lambda tensor, at=keep: tensor[:, at]
     with_site = keep is not None and _n_required(keep) > 1
-    for start in range(0, n, batch):
+    for start in runs(range(0, n, batch)):
         here = slice(start, start + batch)
         kept = {}
 
@@ -150,20 +158,22 @@ def edit(
     where a closure over the loop variable would see only its last value. It is handed a copy, so that it may work in
     place, and must return a tensor of the same shape and dtype. Where several names meet at one site, their functions
     act in the order given. `model` is as for `record`. With `passes` they act only then: a site's passes are counted
-    from 0 since the context was opened (a sampler's steps).
+    from 0 since the context was opened (a sampler's steps), and from 0 again in each batch of `runs`. While text is
+    generated with a key-value cache, pass 0 holds the prompt and every later one a single new token.
 
-    Raises `UsageError` on entry if a name is not known, during the pass if a function returns anything else, and on
-    leaving if a site was never reached, or in none of the `passes`.
+    Raises `UsageError` on entry if a name is not known; during the pass if a function returns anything else or takes an
+    index that is not there, and in a layer that backward would run again without the edit; and on leaving if a site was
+    never reached, or in none of the `passes`.
     """
-    pairs, counts = [], {}
+    pairs, counts, acted = [], {}, set()
     for pattern, function in changes.items():
         if not callable(function):
             raise UsageError(f"edit at {pattern} takes a function(tensor) -> tensor, not {type(function).__name__}")
-        pairs += [(site, _checked(function, passes, counts)) for site in resolve(model, pattern)]
+        pairs += [(site, _checked(function, passes, counts, acted)) for site in resolve(model, pattern)]
 
     def check() -> None:
         for site, n in counts.items():
-            if passes is not None and not any(index in passes for index in range(n)):
+            if site not in acted:
                 raise UsageError(
                     f"edit acted in no pass: {site} was reached {n} times, counted from 0, never in {passes}"
                 )
@@ -173,16 +183,20 @@ def edit(
 
 
 def _checked(
-    function: Callable[..., Tensor], passes: Container[int] | None, counts: dict[str, int]
+    function: Callable[..., Tensor], passes: Container[int] | None, counts: dict[str, int], acted: set[str]
 ) -> Callable[[Tensor, str], Tensor | None]:
     required = _n_required(function)
-    seen = itertools.count()  # of one site: each gets a function of its own
+    run, index = _run, -1  # of one site: each gets a function of its own
 
     def change(tensor: Tensor, site: str) -> Tensor | None:
-        index = next(seen)
-        counts[site] = index + 1
+        nonlocal run, index
+        run, index = _run, index + 1 if run == _run else 0
+        counts[site] = max(counts.get(site, 0), index + 1)
         if passes is not None and index not in passes:
             return None
+        acted.add(site)
+        if runs_again():
+            raise UsageError(f"edit at {site} {_AGAIN}")
         new = function(tensor.clone(), site) if required > 1 else function(tensor.clone())
         if not isinstance(new, Tensor):
             raise UsageError(f"edit at {site} returned {type(new).__name__}; it must return the tensor to go on with")
@@ -193,6 +207,23 @@ def _checked(
         return new
 
     return change
+
+
+_AGAIN = (
+    "is in a layer that backward runs again, without it: switch gradient checkpointing off "
+    "(gradient_checkpointing_disable, set_grad_checkpointing(False)), or leave gradients out with torch.no_grad()"
+)
+
+
+def runs(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, one after the other; in each, every open `edit` counts its `passes` from 0 again.
+
+    For loops that cut their input into batches: an edit of the first step then acts on all of them.
+    """
+    global _run
+    for batch in batches:
+        _run += 1
+        yield batch
 
 
 def _n_required(function: Callable[..., Any]) -> int:

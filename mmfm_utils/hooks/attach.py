@@ -1,13 +1,18 @@
 """Places in a model, their names, and the hooks that a context puts there for as long as it is open."""
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
+from types import FrameType
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, autograd, nn
+from torch.autograd.function import FunctionCtx
 
 from mmfm_utils import UsageError
 
@@ -75,6 +80,29 @@ def _vocabulary(model: Any) -> tuple[nn.Module, Mapping[str, Point]]:
 Step = Callable[[Tensor, str], Tensor | None]  # (tensor, site) -> tensor to go on with, or None to leave it
 
 
+def runs_again() -> bool:
+    """Whether backward will run again what runs now: inside gradient checkpointing, or inside an `autograd.Function`,
+    as reversible layers and other libraries' checkpointing are. No hook may be there any more by then.
+    """
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        checkpoint = frame.f_globals.get("__name__") == "torch.utils.checkpoint" and torch.is_grad_enabled()
+        if checkpoint or (frame.f_code.co_name == "forward" and _of_autograd(frame)):
+            return True
+    return False
+
+
+def _of_autograd(frame: FrameType) -> bool:
+    first = frame.f_locals.get(next(iter(frame.f_code.co_varnames), None))
+    if isinstance(first, nn.Module):
+        return False
+    kinds = [autograd.Function]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    # the class is told by what its forward pass is given, or by its code where it is given no context
+    return isinstance(first, FunctionCtx) or any(frame.f_code is getattr(k.forward, "__code__", None) for k in kinds)
+
+
 class Stop(BaseException):
     """Ends a pass for the context whose set of reached sites it carries. No library may take it for an error."""
 
@@ -92,6 +120,25 @@ def attached(
         if stop and len(fired) == wanted:
             raise Stop(fired)
 
+    def visit(site: str, step: Step, module: nn.Module, tensor: Tensor) -> Tensor | None:
+        # A copy of the model that is made in here keeps the hooks: they end with the context all the same. And what
+        # backward runs again is no further pass.
+        if not handles or torch._C._current_graph_task_id() != -1:
+            return None
+        if getattr(module, "_is_replica", False):
+            raise UsageError(
+                f"{verb} at {site} would see a part of the batch on each device: run the module inside DataParallel"
+            )
+        try:
+            new = step(tensor, site)
+        except IndexError as error:
+            raise UsageError(
+                f"{verb} at {site}: {error}. The tensor there is {tuple(tensor.shape)}; with a key-value cache all "
+                "passes but the first hold one new token: use edit(passes=[0]) for the prompt alone"
+            ) from error
+        reached(site)
+        return new
+
     def leave(cause: str) -> None:
         silent = [site for site, _ in steps if site not in fired]
         if silent:
@@ -105,39 +152,41 @@ def attached(
     _OPEN.append(label)
     try:
         for site, step in steps:
-            handles.append(_place(root.get_submodule(points[site].module), site, points[site], step, reached))
+            module = root.get_submodule(points[site].module)
+            handles.append(_place(module, site, points[site], partial(visit, site, step)))
         try:
-            yield
+            # compiled code would not run hooks that came after it, and would go on running those it was compiled with
+            with torch.compiler.set_stance("force_eager"):
+                yield
             leave("no forward pass inside the `with` block reached it")
         except Stop as end:
             if end.args[0] is not fired:
                 leave("a context with `stop` ended the pass before")
                 raise
     finally:
-        for handle in handles:
-            handle.remove()
+        while handles:
+            handles.pop().remove()
         _OPEN.remove(label)
 
 
-def _place(module: nn.Module, site: str, point: Point, step: Step, reached: Callable[[str], None]) -> Any:
+def _place(module: nn.Module, site: str, point: Point, visit: Callable[[nn.Module, Tensor], Tensor | None]) -> Any:
     """Put one hook on `module`; the returned handle removes it."""
 
-    def pass_through(raw: Any) -> Any:
+    def pass_through(at: nn.Module, raw: Any) -> Any:
         tensor = point.get(raw)
         if not isinstance(tensor, Tensor):
             raise UsageError(f"{site} holds {type(tensor).__name__}, not a tensor; give its Point a `get` and a `put`")
-        new = step(tensor, site)
-        reached(site)
+        new = visit(at, tensor)
         return raw if new is None else point.put(raw, new)
 
-    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before(at: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
-            return (pass_through(args[0]), *args[1:]), kwargs
+            return (pass_through(at, args[0]), *args[1:]), kwargs
         first = next(iter(kwargs))  # libraries differ in whether they pass the hidden states by name
-        return args, kwargs | {first: pass_through(kwargs[first])}
+        return args, kwargs | {first: pass_through(at, kwargs[first])}
 
-    def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        return pass_through(output)
+    def after(at: nn.Module, _args: tuple, output: Any) -> Any:
+        return pass_through(at, output)
 
     hook = before if point.side == "in" else after
     hook.site = site

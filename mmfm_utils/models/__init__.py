@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 # Public names that need a library, and the module that holds them.
 _HOMES = {
     "Loaded": "loaded", "Contrastive": "contrastive", "Writer": "language", "Language": "language",
-    "Generative": "generative", "Diffusion": "diffusion", "of_pipeline": "diffusion",
+    "Generative": "generative", "Diffusion": "diffusion",
+    "of_pipeline": "diffusion", "of_processor": "generative",
 }  # fmt: skip
 __all__ = [
     "BESIDE", "CARD", "EMBEDDED", "FAMILIES", "FOLDER", "IMAGE", "LOADED", "PROFILES", "RELEASED", "Release", "SEEN",

@@ -9,7 +9,7 @@ import numpy as np
 import open_clip
 import torch
 
-from .. import anatomy, scenes
+from .. import anatomy, hooks, scenes
 from .loaded import Loaded, built
 from .store import Source
 
@@ -37,13 +37,13 @@ class Contrastive(Loaded):
     def embed_images(self, drawn: Sequence[scenes.Scene] | np.ndarray, batch: int = 128) -> torch.Tensor:
         """Unit-length image embeddings (image, embed)."""
         parts = (drawn[i : i + batch] for i in range(0, len(drawn), batch))
-        return torch.cat([self.model.encode_image(self.pixels(part), normalize=True) for part in parts])
+        return torch.cat([self.model.encode_image(self.pixels(part), normalize=True) for part in hooks.runs(parts)])
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch: int = 256) -> torch.Tensor:
         """Unit-length text embeddings (text, embed)."""
         parts = self.tokens(texts).split(batch)
-        return torch.cat([self.model.encode_text(part, normalize=True) for part in parts])
+        return torch.cat([self.model.encode_text(part, normalize=True) for part in hooks.runs(parts)])
 
 
 def load(source: Source, device: torch.device, seed: int) -> Contrastive:

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
-from .. import UsageError, anatomy, scenes
+from .. import UsageError, anatomy, hooks, scenes
 from .loaded import Loaded, built
 from .store import Source
 
@@ -50,23 +50,24 @@ class Diffusion(Loaded):
         """A picture for each prompt, (prompt, resolution, resolution, 3) uint8.
 
         Prompts may be given as what the U-Net reads of them (prompt, token, width). Empty prompts and prompts are one
-        batch in the text tower too, the empty ones first, so `anatomy.conditional` serves for edits in both.
+        batch in the text tower too, the empty ones first, so `anatomy.conditional` serves for edits in both; without
+        guidance (1 or less) the U-Net runs the prompts alone. The `passes` of an edit are the steps of each `batch`.
         `noise` takes the place of `self.noise(len(prompts), seed)`. Raises UsageError without prompts.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise UsageError("paint takes a list of prompts, one for each picture.")
         noise = self.noise(len(prompts), seed) if noise is None else noise
         painted = []
-        for start in range(0, len(prompts), batch):
+        for start in hooks.runs(range(0, len(prompts), batch)):
             part = prompts[start : start + batch]
-            if isinstance(part, torch.Tensor):
-                without, told = self.encode([""]).expand_as(part), part
-            else:
-                without, told = self.encode([""] * len(part) + list(part)).chunk(2)
-            out = self.model(
-                prompt_embeds=told, negative_prompt_embeds=without, latents=noise[start : start + batch],
-                guidance_scale=guidance, num_inference_steps=steps, output_type="np",
-            )  # fmt: skip
+            states = isinstance(part, torch.Tensor)
+            without = self.encode([""]).expand_as(part) if states else None
+            with anatomy.painting(len(part)):
+                without, told = (without, part) if states else self.encode([""] * len(part) + list(part)).chunk(2)
+                out = self.model(
+                    prompt_embeds=told, negative_prompt_embeds=without, latents=noise[start : start + batch],
+                    guidance_scale=guidance, num_inference_steps=steps, output_type="np",
+                )  # fmt: skip
             painted.append((out.images * 255).round().astype(np.uint8))
         return np.concatenate(painted)
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from .. import UsageError, anatomy
+from .. import UsageError, anatomy, hooks
 from .loaded import Loaded, built
 from .store import IMAGE, Source
 
@@ -68,11 +68,11 @@ class Language(Writer):
 
     def logits(self, prompts: Sequence[str] | str, batch: int = 64) -> torch.Tensor:
         """What the model expects next at each prompt's end: (prompt, vocabulary), before the softmax, float32."""
-        return torch.cat([self._last(self.inputs(part)) for part in batches(prompts, batch)])
+        return torch.cat([self._last(self.inputs(part)) for part in hooks.runs(batches(prompts, batch))])
 
     def answer(self, prompts: Sequence[str] | str, max_new_tokens: int = 8, batch: int = 64) -> list[str]:
         """The likeliest continuation of each prompt, word by word, up to the first "." or "," or the end token."""
-        parts = batches(prompts, batch)
+        parts = hooks.runs(batches(prompts, batch))
         return [first(text) for part in parts for text in self._write(self.inputs(part), max_new_tokens)]
 
 
