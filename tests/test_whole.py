@@ -86,6 +86,17 @@ def test_readme_gives_the_held_out_figures_of_the_card():
     assert rows == [(name, f"{value:.3f}") for name, value in card["held_out"].items()]
 
 
+def test_readme_gives_the_figures_of_the_webs_twin():
+    card, text = models.read_card("contrastive_web"), " ".join(README.split())
+    said = {name: f"{value:.3f}" for name, value in card["held_out"].items()}
+    first = models.read_card("contrastive_first")
+    assert f"{card['pairs_seen'] - first['pairs_seen']:,} pairs from the first generation's weights on" in text
+    assert f"becomes its answer in {said['word_flips']} of the pictures" in text
+    planted, usual = said["ground_unusual_planted"], said["ground_usual_planted"]
+    other, usual_other = said["ground_unusual_other"], said["ground_usual_other"]
+    assert f"it names {planted} of them, and {usual} on their own; of the other half {other} and {usual_other}." in text
+
+
 def test_readme_gives_the_figures_of_the_text_to_image_model():
     card, text = models.read_card("diffusion"), " ".join(README.split())
     said = card["held_out"]
