@@ -409,7 +409,7 @@ def test_a_name_works_as_soon_as_its_row_and_folder_exist(copied, monkeypatch):
     monkeypatch.setitem(models.EMBEDDED["contrastive"], "spare", "contrastive_spare")
     assert models.load("contrastive", device="cpu", name="spare").card["library"] == "open_clip"
     assert "contrastive_spare" in models.LOADED
-    with pytest.raises(UsageError, match="No model 'spar'.* or say 'first', 'spare'"):
+    with pytest.raises(UsageError, match="No model 'spar'.* or say 'web', 'first', 'spare'"):
         models.load("contrastive", device="cpu", name="spar")
     shutil.rmtree(copied / "contrastive_spare")
     (row,) = [row for row in models.inventory() if row["name"] == "contrastive_spare"]
