@@ -37,7 +37,7 @@ def parser() -> Parser:
     command.add_argument("--executor", default="local", metavar="local|dask://HOST:PORT")
     command.add_argument("--resume", action="store_true", help="keep results that succeeded and are still current")
     command.add_argument("--results", metavar="DIR", help="instead of results/; the profile's folder is made in it")
-    command.add_argument("--cell-timeout", type=int, default=600, metavar="SECONDS")
+    command.add_argument("--cell-timeout", type=int, default=1800, metavar="SECONDS")
     command.add_argument("--write", action="store_true", help="commit outputs and values (the tiny reference run only)")
     command.set_defaults(call=run)
 

@@ -128,5 +128,5 @@ def check(path, wrong=None):
     found, trials = of(runner.read(path), path.stem, wrong)
     if found or not trials:
         return found
-    task = runner.make_task(path, (), "tiny", "auto", 1, 600, lambda *_: (found, trials))
+    task = runner.make_task(path, (), "tiny", "auto", 1, 1800, lambda *_: (found, trials))
     return runner.execute(task)["problems"]

@@ -43,7 +43,7 @@ def run(
     executor: str | Executor = "local",
     resume: bool = False,
     results=None,
-    cell_timeout: int = 600,
+    cell_timeout: int = 1800,
     write: bool = False,
     exercises=None,
 ) -> int:
