@@ -15,14 +15,6 @@ from mmfm_utils.hooks import edit, record
 from tests.anatomy_families import FAMILIES, parts_of, relative
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def made(name):
     """(opened, the result of a pass to which nobody listens, all that a pass holds)"""
@@ -30,7 +22,7 @@ def made(name):
     return opened, opened.run(), opened.seen()
 
 
-pytestmark = pytest.mark.parametrize("name", FAMILIES)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.parametrize("name", FAMILIES)]
 
 
 def modules(model):

@@ -16,13 +16,7 @@ from mmfm_utils.anatomy import OpenAttention, OpenProjection
 from mmfm_utils.hooks import edit, record
 from tests.anatomy_families import EOT, TEXT, VISION, captions, clip, pictures, relative, strengthen
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(vision=VISION, text=TEXT, **options):
